@@ -1,0 +1,93 @@
+// The Python-facing core of the extension module `_C`: planner, instruction sets, build information. Tensors never pass
+// through here; they travel through the registered operators.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/isa.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace fastlstm;
+
+template <class Enum>
+Enum parse_name(const char* argument, const std::string& name, const std::vector<Enum>& known,
+                const char* (*name_of)(Enum)) {
+  std::string all;
+  for (const Enum e : known) {
+    if (name == name_of(e)) return e;
+    all += std::string(all.empty() ? "" : ", ") + "'" + name_of(e) + "'";
+  }
+  throw std::invalid_argument(std::string(argument) + " must be one of " + all + ", got '" + name + "'");
+}
+
+template <class Enum>
+std::vector<std::string> names(const std::vector<Enum>& values, const char* (*name_of)(Enum)) {
+  std::vector<std::string> result;
+  for (const Enum e : values) result.emplace_back(name_of(e));
+  return result;
+}
+
+py::dict pass_to_dict(const PassPlan& pass) {
+  py::dict d;
+  d["family"] = family_name(pass.family);
+  d["split"] = split_name(pass.split);
+  d["bulk_input"] = pass.bulk_input;
+  d["cycles"] = pass.cycles;
+  return d;
+}
+
+py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
+                  int64_t compute_bytes, bool training, int threads) {
+  const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training};
+  const Plan plan = make_plan(problem, cpu::this_machine(threads), cpu::forced().family);
+  py::dict d;
+  d["forward"] = pass_to_dict(plan.forward);
+  d["backward"] = plan.backward ? py::object(pass_to_dict(*plan.backward)) : py::none();
+  d["isa"] = cpu::isa_name(cpu::selected_isa());
+  d["threads"] = threads;
+  d["reason"] = plan.reason;
+  return d;
+}
+
+void set_forced(const std::optional<std::string>& plan, const std::optional<std::string>& isa) {
+  cpu::Forced forced;
+  if (plan) forced.family = parse_name("plan", *plan, families(), family_name);
+  if (isa) forced.isa = parse_name("isa", *isa, cpu::available_isas(), cpu::isa_name);
+  cpu::set_forced(forced);
+}
+
+std::pair<std::optional<std::string>, std::optional<std::string>> get_forced() {
+  const cpu::Forced forced = cpu::forced();
+  std::optional<std::string> plan, isa;
+  if (forced.family) plan = family_name(*forced.family);
+  if (forced.isa) isa = cpu::isa_name(*forced.isa);
+  return {plan, isa};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled core of fastlstm: operators (registered on import), planner, build information.";
+  m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
+        py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
+        py::arg("threads"));
+  m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"));
+  m.def("get_forced", &get_forced);
+  m.def("plans", [] { return names(families(), family_name); });
+  m.def("isas_compiled", [] { return names(cpu::compiled_isas(), cpu::isa_name); });
+  m.def("isas_available", [] { return names(cpu::available_isas(), cpu::isa_name); });
+  m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); });
+  #if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
+  m.attr("torch_built") = FASTLSTM_TORCH_BUILT;
+  m.attr("cuda") = false;
+}

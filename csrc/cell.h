@@ -1,0 +1,50 @@
+// The LSTM cell, forward and backward: the only place where its equations stand.
+//
+// Included by the CPU kernels (V is a SIMD vector) and by tests (V is a scalar); written so that CUDA kernels can use it
+// with V = float. `Math` supplies sigmoid and tanh for V. The gate order everywhere is PyTorch's: i, f, g, o.
+//
+// Forward (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000):
+//   i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)
+//   c_t = f * c_{t-1} + i * g             h_t = o * tanh(c_t)
+// where a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh are the pre-activations. Backward is the chain rule through these lines.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTLSTM_CELL __host__ __device__ __forceinline__
+#else
+#define FASTLSTM_CELL inline __attribute__((always_inline))
+#endif
+
+namespace fastlstm {
+
+constexpr int kGates = 4;
+
+// i, f, g, o: pre-activations on entry, activations on exit. c: c_{t-1} on entry, c_t on exit. Returns h_t.
+template <class Math, class V>
+FASTLSTM_CELL V cell_forward(V& i, V& f, V& g, V& o, V& c) {
+  i = Math::sigmoid(i);
+  f = Math::sigmoid(f);
+  g = Math::tanh(g);
+  o = Math::sigmoid(o);
+  c = f * c + i * g;
+  return o * Math::tanh(c);
+}
+
+// i, f, g, o: activations on entry, gradients of the pre-activations on exit.
+// d_c: gradient of c_t through c_{t+1} on entry, gradient of c_{t-1} on exit. d_h: whole gradient of h_t.
+template <class Math, class V>
+FASTLSTM_CELL void cell_backward(V& i, V& f, V& g, V& o, V c, V c_prev, V d_h, V& d_c) {
+  const V tanh_c = Math::tanh(c);
+  const V d_o = d_h * tanh_c;
+  d_c = d_c + d_h * o * (1 - tanh_c * tanh_c);
+  const V d_i = d_c * g;
+  const V d_f = d_c * c_prev;
+  const V d_g = d_c * i;
+  d_c = d_c * f;
+  i = d_i * i * (1 - i);
+  f = d_f * f * (1 - f);
+  g = d_g * (1 - g * g);
+  o = d_o * o * (1 - o);
+}
+
+}  // namespace fastlstm

@@ -1,0 +1,432 @@
+// The recurrent CPU kernels, written once. Included by recurrent_{scalar,avx2,avx512}.cpp inside the namespace of the
+// instruction set, which has set kVectorBytes, kAccumulators (vector registers a tile may use for sums) and fma().
+//
+// Order of summation: each output element is one chain over k in increasing order (packed) or `lanes` interleaved chains
+// over k added in a fixed order (unpacked), whatever the tile it falls in: the result of a row depends neither on the other
+// rows nor on how the work is split.
+
+constexpr int kTileRows = 6;      // batch rows of the largest register tile
+constexpr int kGroupPanels = 4;   // panels computed before the epilogue runs: two unit blocks
+constexpr int64_t kChunkRows = 48;  // rows whose products wait in the scratch buffer (48 * 8 vectors: 12 KB with AVX2)
+constexpr int64_t kDepth = 256;   // k-slice of a panel that stays in L1 while the row tiles pass over it (16 KB with AVX2)
+
+// Panels that a tile of this many rows processes at once: as many accumulators as registers allow, to hide FMA latency.
+constexpr int tile_panels(int rows) {
+  for (int panels = kGroupPanels; panels > 1; panels /= 2)
+    if (2 * panels * rows <= kAccumulators) return panels;
+  return 1;
+}
+
+// Products of one group of panels for a chunk of rows: [row][panel][2][lanes].
+template <class T>
+struct Scratch {
+  static constexpr int kRowStride = kGroupPanels * 2 * kLanes<T>;
+  alignas(64) T values[kChunkRows * kRowStride];
+  T* row(int64_t r) { return values + r * kRowStride; }
+};
+
+// Splits n into the fewest pieces of at most `most`, as evenly as possible (32 rows: 6, 5, 5, 6, 5, 5, never 6 ... 2).
+struct EvenSplit {
+  int64_t n, pieces;
+  EvenSplit(int64_t n, int64_t most) : n(n), pieces(ceil_div(n, most)) {}
+  int64_t begin(int64_t piece) const { return n * piece / pieces; }
+  int64_t largest() const { return ceil_div(n, pieces); }
+};
+
+// ---------------------------------------------------------------------------------------------- packing
+
+template <class T>
+void pack_gates(const T* w, int64_t H, int64_t K, T* packed, Range blocks) {
+  constexpr int W = kLanes<T>;
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    T* out = packed + block * K * 4 * W;
+    const int64_t units = std::min<int64_t>(W, H - block * W);
+    if (units < W) std::fill(out, out + K * 4 * W, T(0));
+    for (int gate = 0; gate < kGates; ++gate) {
+      T* panel = out + (gate / 2) * K * 2 * W + (gate % 2) * W;
+      const T* source = w + (gate * H + block * W) * K;
+      // Slices of k keep the strided writes within a few cache lines.
+      for (int64_t k0 = 0; k0 < K; k0 += 16) {
+        const int64_t k1 = std::min(K, k0 + 16);
+        for (int64_t u = 0; u < units; ++u)
+          for (int64_t k = k0; k < k1; ++k) panel[k * 2 * W + u] = source[u * K + k];
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_columns(const T* w, int64_t K, int64_t columns, T* packed, Range panels) {
+  constexpr int W2 = 2 * kLanes<T>;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const int64_t n = std::min<int64_t>(W2, columns - panel * W2);
+    T* out = packed + panel * K * W2;
+    for (int64_t k = 0; k < K; ++k, out += W2) {
+      std::copy_n(w + k * columns + panel * W2, n, out);
+      std::fill(out + n, out + W2, T(0));
+    }
+  }
+}
+
+template <class T>
+void pack_transposed(const T* w, int64_t K, int64_t columns, T* packed, Range panels) {
+  constexpr int W2 = 2 * kLanes<T>;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const int64_t n = std::min<int64_t>(W2, columns - panel * W2);
+    T* out = packed + panel * K * W2;
+    if (n < W2) std::fill(out, out + K * W2, T(0));
+    for (int64_t k0 = 0; k0 < K; k0 += 16) {
+      const int64_t k1 = std::min(K, k0 + 16);
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t k = k0; k < k1; ++k) out[k * W2 + c] = w[(panel * W2 + c) * K + k];
+    }
+  }
+}
+
+template <class T>
+void pack_bias(const T* b_ih, const T* b_hh, int64_t H, T* packed) {
+  constexpr int W = kLanes<T>;
+  for (int64_t block = 0; block * W < H; ++block)
+    for (int gate = 0; gate < kGates; ++gate)
+      for (int64_t l = 0; l < W; ++l) {
+        const int64_t unit = block * W + l, index = gate * H + unit;
+        *packed++ = unit < H ? (b_ih ? b_ih[index] : T(0)) + (b_hh ? b_hh[index] : T(0)) : T(0);
+      }
+}
+
+// ---------------------------------------------------------------------------------------------- register tiles
+
+// out[r][p][v] (+)= sum_k a[r][k] * panels[p][k][v] for `kRows` rows and `kPanels` panels, K values of k.
+template <class T, int kRows, int kPanels>
+void tile(const T* a, int64_t a_stride, const T* panels, int64_t panel_stride, int64_t K, T* out, bool accumulate) {
+  constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
+  Vec<T> sum[kRows][2 * kPanels];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = accumulate ? load(out + r * kRowStride + v * W) : Vec<T>{};
+  // The smaller operand of the outer product stays in registers, the other passes through one.
+  for (int64_t k = 0; k < K; ++k) {
+    const auto left = [=](int r) { return broadcast<T>(a[r * a_stride + k]); };
+    const auto right = [=](int v) { return load(panels + (v / 2) * panel_stride + (2 * k + v % 2) * W); };
+    if constexpr (kRows <= 2 * kPanels) {
+      Vec<T> lefts[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) lefts[r] = left(r);
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * kPanels; ++v) {
+        const Vec<T> one = right(v);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[r][v] = fma(lefts[r], one, sum[r][v]);
+      }
+    } else {
+      Vec<T> rights[2 * kPanels];
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * kPanels; ++v) rights[v] = right(v);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> one = left(r);
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = fma(one, rights[v], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * kPanels; ++v) store(out + r * kRowStride + v * W, sum[r][v]);
+}
+
+template <class T>
+using TileFunction = void (*)(const T*, int64_t, const T*, int64_t, int64_t, T*, bool);
+
+// The tile for (rows, panels at once); only the combinations that tile_panels allows exist.
+template <class T, int kRows = 1>
+TileFunction<T> select_tile(int64_t rows, int64_t panels) {
+  if constexpr (kRows > kTileRows) {
+    return nullptr;
+  } else {
+    if (rows != kRows) return select_tile<T, kRows + 1>(rows, panels);
+    constexpr int kMost = tile_panels(kRows);
+    if constexpr (kMost >= 4) {
+      if (panels == 4) return tile<T, kRows, 4>;
+    }
+    if constexpr (kMost >= 2) {
+      if (panels == 2) return tile<T, kRows, 2>;
+    }
+    return tile<T, kRows, 1>;
+  }
+}
+
+// scratch (+)= a[rows, K] * packed panels, for `count` <= kGroupPanels adjacent panels starting at `packed`.
+template <class T>
+void multiply_panels(const T* a, int64_t a_stride, int64_t rows, const T* packed, int64_t K, int64_t count,
+                     bool accumulate, Scratch<T>& scratch) {
+  constexpr int W = kLanes<T>;
+  const EvenSplit tiles(rows, kTileRows);
+  const int64_t at_once = tile_panels(static_cast<int>(tiles.largest()));
+  const int64_t panel_stride = K * 2 * W;
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const int64_t depth = std::min(kDepth, K - k);
+    for (int64_t panel = 0; panel < count;) {
+      int64_t panels = at_once;
+      while (panels > count - panel) panels /= 2;
+      for (int64_t i = 0; i < tiles.pieces; ++i) {
+        const int64_t r = tiles.begin(i);
+        select_tile<T>(tiles.begin(i + 1) - r, panels)(a + r * a_stride + k, a_stride,
+                                                       packed + panel * panel_stride + k * 2 * W, panel_stride, depth,
+                                                       scratch.row(r) + panel * 2 * W, accumulate || k > 0);
+      }
+      panel += panels;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- dot products
+
+// sum[r][c] += a[r] . w[c] over K, vectors along k; w rows are `w_stride` apart.
+template <class T, int kRows, int kColumns>
+struct DotTile {
+  Vec<T> sum[kRows][kColumns] = {};
+  T tail[kRows][kColumns] = {};
+
+  inline __attribute__((always_inline)) void add(const T* a, int64_t a_stride, const T* const* w, int64_t K) {
+    constexpr int W = kLanes<T>;
+    int64_t k = 0;
+    for (; k + W <= K; k += W) {
+      Vec<T> left[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) left[r] = load(a + r * a_stride + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+        const Vec<T> right = load(w[c] + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[r][c] = fma(left[r], right, sum[r][c]);
+      }
+    }
+    for (; k < K; ++k)
+      for (int r = 0; r < kRows; ++r)
+        for (int c = 0; c < kColumns; ++c) tail[r][c] += a[r * a_stride + k] * w[c][k];
+  }
+
+  T total(int r, int c) const { return sum_lanes<T>(sum[r][c]) + tail[r][c]; }
+};
+
+// Products of all gates of unit block `block` for kRows rows, h (and x where there is no gates_x) against stored weights.
+template <class T, int kRows>
+void dot_block(const ForwardTask<T>& task, const T* h, int64_t h_stride, const T* x, int64_t block, T* out) {
+  constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
+  constexpr int kUnits = kRows == 1 ? 2 : 1;  // units at once: eight chains at least, to hide the FMA latency
+  constexpr int kColumns = kUnits * kGates;
+  const int64_t first = block * W, last = std::min<int64_t>(task.H, first + W);
+  for (int64_t unit = first; unit < last; unit += kUnits) {
+    const T *w_hh[kColumns], *w_ih[kColumns];
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t row = (c % kGates) * task.H + std::min(unit + c / kGates, last - 1);
+      w_hh[c] = task.w_hh + row * task.P;
+      w_ih[c] = task.w_ih + row * task.I;
+    }
+    DotTile<T, kRows, kColumns> dots;
+    if (x) dots.add(x, task.I, w_ih, task.I);
+    dots.add(h, h_stride, w_hh, task.P);
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kColumns; ++c)
+        if (unit + c / kGates < last) out[r * kRowStride + (c % kGates) * W + unit - first + c / kGates] = dots.total(r, c);
+  }
+}
+
+template <class T>
+void dot_rows(const ForwardTask<T>& task, const T* h, int64_t h_stride, const T* x, int64_t rows, int64_t block,
+              Scratch<T>& scratch) {
+  const EvenSplit tiles(rows, 3);
+  for (int64_t i = 0; i < tiles.pieces; ++i) {
+    const int64_t r = tiles.begin(i);
+    const T* tile_h = h + r * h_stride;
+    const T* tile_x = x ? x + r * task.I : nullptr;
+    switch (tiles.begin(i + 1) - r) {
+      case 1: dot_block<T, 1>(task, tile_h, h_stride, tile_x, block, scratch.row(r)); break;
+      case 2: dot_block<T, 2>(task, tile_h, h_stride, tile_x, block, scratch.row(r)); break;
+      default: dot_block<T, 3>(task, tile_h, h_stride, tile_x, block, scratch.row(r)); break;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+// The cell on `lanes` units of one row (the first n of them where kTail). `products` may be null: all is in gates_x.
+template <class T, bool kTail>
+inline void cell_of_block(const ForwardTask<T>& task, int64_t batch, int64_t row, int64_t block, const T* products) {
+  constexpr int W = kLanes<T>;
+  const int64_t unit = block * W, n = kTail ? task.H - unit : W;
+  Vec<T> gate[kGates];
+  for (int g = 0; g < kGates; ++g) {
+    gate[g] = load(task.bias + (block * kGates + g) * W);
+    if (products) gate[g] = gate[g] + load(products + g * W);
+    if (task.gates_x) {
+      const T* extra = task.gates_x + row * kGates * task.H + g * task.H + unit;
+      gate[g] = gate[g] + (kTail ? load_first(extra, n) : load(extra));
+    }
+  }
+  T* c_row = task.c + batch * task.H + unit;
+  Vec<T> c = kTail ? load_first(c_row, n) : load(c_row);
+  const Vec<T> h = cell_forward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
+
+  const auto put = [n](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
+  put(c_row, c);
+  put(task.hidden ? task.hidden + batch * task.H + unit : task.y + row * task.y_stride + unit, h);
+  if (task.gates) {
+    for (int g = 0; g < kGates; ++g) put(task.gates + row * kGates * task.H + g * task.H + unit, gate[g]);
+    put(task.cells + row * task.H + unit, c);
+  }
+}
+
+// Rows [begin, end) of step t that share one source of h_{t-1}: h points at the row `begin` of it.
+template <class T>
+void forward_segment(const ForwardTask<T>& task, GateProduct product, int64_t t, Range rows, Range blocks, const T* h,
+                     int64_t h_stride) {
+  constexpr int W = kLanes<T>;
+  constexpr int64_t kGroupBlocks = kGroupPanels / 2;
+  Scratch<T> scratch;
+  const int64_t offset = task.schedule->offsets[t];
+  const EvenSplit chunks(rows.end - rows.begin, kChunkRows);
+  for (int64_t i = 0; i < chunks.pieces; ++i) {
+    const int64_t first = rows.begin + chunks.begin(i), count = chunks.begin(i + 1) - chunks.begin(i);
+    const T* chunk_h = h + chunks.begin(i) * h_stride;
+    const T* x = task.gates_x ? nullptr : task.x + (offset + first) * task.I;
+    for (int64_t group = blocks.begin; group < blocks.end; group += kGroupBlocks) {
+      const int64_t group_blocks = std::min(kGroupBlocks, blocks.end - group);
+      if (product == GateProduct::kPacked) {
+        if (x) multiply_panels(x, task.I, count, task.packed_ih + group * task.I * 4 * W, task.I, 2 * group_blocks, false, scratch);
+        multiply_panels(chunk_h, h_stride, count, task.packed_hh + group * task.P * 4 * W, task.P, 2 * group_blocks, x != nullptr, scratch);
+      }
+      for (int64_t b = 0; b < group_blocks; ++b) {
+        const int64_t block = group + b;
+        T* products = scratch.values + (product == GateProduct::kPacked ? b * 4 * W : 0);
+        if (product == GateProduct::kUnpacked) dot_rows(task, chunk_h, h_stride, x, count, block, scratch);
+        for (int64_t r = 0; r < count; ++r) {
+          const T* row_products = product == GateProduct::kDone ? nullptr : products + r * Scratch<T>::kRowStride;
+          if ((block + 1) * W <= task.H)
+            cell_of_block<T, false>(task, first + r, offset + first + r, block, row_products);
+          else
+            cell_of_block<T, true>(task, first + r, offset + first + r, block, row_products);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void forward_cells(const ForwardTask<T>& task, GateProduct product, int64_t t, Range rows, Range blocks) {
+  const Schedule& schedule = *task.schedule;
+  const int64_t previous = task.previous(t);
+  rows.end = std::min(rows.end, schedule.active(t));
+  // Rows that were active in the previous step find h_{t-1} in y, the others start from h_0.
+  const int64_t boundary = std::clamp(schedule.active(previous), rows.begin, std::max(rows.begin, rows.end));
+  if (rows.begin < boundary) {
+    const T* h = task.y + (schedule.offsets[previous] + rows.begin) * task.y_stride;
+    forward_segment(task, product, t, {rows.begin, boundary}, blocks, h, task.y_stride);
+  }
+  if (boundary < rows.end)
+    forward_segment(task, product, t, {boundary, rows.end}, blocks, task.h_0 + boundary * task.P, task.P);
+}
+
+// out[row] = a[row] * panels for the given rows; columns beyond `columns` are padding and not written.
+template <class T>
+void multiply_rows(const T* a, int64_t a_stride, int64_t rows, const T* packed, int64_t K, int64_t columns, Range panels,
+                   T* out, int64_t out_stride) {
+  constexpr int W2 = 2 * kLanes<T>;
+  if (rows <= 0) return;
+  Scratch<T> scratch;
+  const EvenSplit chunks(rows, kChunkRows);
+  for (int64_t i = 0; i < chunks.pieces; ++i) {
+    const int64_t first = chunks.begin(i), count = chunks.begin(i + 1) - first;
+    for (int64_t group = panels.begin; group < panels.end; group += kGroupPanels) {
+      const int64_t group_panels = std::min<int64_t>(kGroupPanels, panels.end - group);
+      multiply_panels(a + first * a_stride, a_stride, count, packed + group * K * W2, K, group_panels, false, scratch);
+      const int64_t n = std::min(group_panels * W2, columns - group * W2);
+      for (int64_t r = 0; r < count; ++r) std::copy_n(scratch.row(r), n, out + (first + r) * out_stride + group * W2);
+    }
+  }
+}
+
+template <class T>
+void forward_project(const ForwardTask<T>& task, int64_t t, Range rows, Range panels) {
+  rows.end = std::min(rows.end, task.schedule->active(t));
+  T* y = task.y + (task.schedule->offsets[t] + rows.begin) * task.y_stride;
+  multiply_rows(task.hidden + rows.begin * task.H, task.H, rows.end - rows.begin, task.packed_hr, task.H, task.P, panels,
+                y, task.y_stride);
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+template <class T>
+void backward_recurrent(const BackwardTask<T>& task, int64_t t, Range rows, Range panels) {
+  rows.end = std::min(rows.end, task.schedule->active(t));
+  const int64_t K = kGates * task.H;
+  const T* d_gates = task.d_gates + (task.schedule->offsets[t] + rows.begin) * K;
+  multiply_rows(d_gates, K, rows.end - rows.begin, task.packed_hh, K, task.P, panels, task.d_h + rows.begin * task.P,
+                task.P);
+}
+
+template <class T>
+void backward_output(const BackwardTask<T>& task, int64_t t, Range rows) {
+  rows.end = std::min(rows.end, task.schedule->active(t));
+  const int64_t offset = task.schedule->offsets[t];
+  for (int64_t b = rows.begin; b < rows.end; ++b)
+    for (int64_t p = 0; p < task.P; ++p)
+      task.d_projected[(offset + b) * task.P + p] =
+          task.d_h[b * task.P + p] + (task.d_y ? task.d_y[(offset + b) * task.d_y_stride + p] : T(0));
+}
+
+template <class T>
+void backward_project(const BackwardTask<T>& task, int64_t t, Range rows, Range panels) {
+  rows.end = std::min(rows.end, task.schedule->active(t));
+  const T* d_projected = task.d_projected + (task.schedule->offsets[t] + rows.begin) * task.P;
+  multiply_rows(d_projected, task.P, rows.end - rows.begin, task.packed_hr, task.P, task.H, panels,
+                task.d_hidden + rows.begin * task.H, task.H);
+}
+
+template <class T, bool kTail>
+inline void backward_cell_of_units(const BackwardTask<T>& task, int64_t batch, int64_t row, const T* c_prev, int64_t unit) {
+  const int64_t H = task.H, n = kTail ? H - unit : kLanes<T>;
+  const auto get = [n](const T* p) { return kTail ? load_first(p, n) : load(p); };
+  const auto put = [n](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
+  Vec<T> gate[kGates];
+  for (int g = 0; g < kGates; ++g) gate[g] = get(task.gates + row * kGates * H + g * H + unit);
+  Vec<T> d_h = get((task.d_hidden ? task.d_hidden : task.d_h) + batch * H + unit);
+  if (task.d_y && !task.d_hidden) d_h = d_h + get(task.d_y + row * task.d_y_stride + unit);
+  Vec<T> d_c = get(task.d_c + batch * H + unit);
+  const Vec<T> c = get(task.cells + row * H + unit);
+  if (task.hidden) put(task.hidden + row * H + unit, gate[3] * VecMath<T>::tanh(c));
+  cell_backward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c, get(c_prev + unit), d_h, d_c);
+  put(task.d_c + batch * H + unit, d_c);
+  for (int g = 0; g < kGates; ++g) put(task.d_gates + row * kGates * H + g * H + unit, gate[g]);
+}
+
+template <class T>
+void backward_cells(const BackwardTask<T>& task, int64_t t, Range rows, Range panels) {
+  constexpr int W = kLanes<T>;
+  const Schedule& schedule = *task.schedule;
+  rows.end = std::min(rows.end, schedule.active(t));
+  const int64_t offset = schedule.offsets[t], previous = task.previous(t), before = schedule.active(previous);
+  const int64_t first = panels.begin * 2 * W, last = std::min(task.H, panels.end * 2 * W);
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    const T* c_prev = b < before ? task.cells + (schedule.offsets[previous] + b) * task.H : task.c_0 + b * task.H;
+    int64_t unit = first;
+    for (; unit + W <= last; unit += W) backward_cell_of_units<T, false>(task, b, offset + b, c_prev, unit);
+    if (unit < last) backward_cell_of_units<T, true>(task, b, offset + b, c_prev, unit);
+  }
+}
+
+template <class T>
+constexpr Kernels<T> kKernels = {
+    kLanes<T>,         pack_gates<T>,     pack_columns<T>,    pack_transposed<T>,    pack_bias<T>,
+    forward_cells<T>,  forward_project<T>, backward_recurrent<T>, backward_output<T>, backward_project<T>,
+    backward_cells<T>,
+};
+
+// The tables isa.cpp refers to. `extern` first: a const object would be local to this file otherwise.
+extern const Kernels<float> kFloat;
+extern const Kernels<double> kDouble;
+const Kernels<float> kFloat = kKernels<float>;
+const Kernels<double> kDouble = kKernels<double>;

@@ -1,0 +1,31 @@
+// The recurrent kernels for AVX2 and FMA. Standard headers come before the target switch, so that no inline function
+// of theirs is compiled for AVX2 and then linked into code for older CPUs.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+#include "../cell.h"
+
+namespace fastlstm::cpu::avx2 {
+
+constexpr int kVectorBytes = 32;
+constexpr int kAccumulators = 12;  // of 16 registers; the tile also holds its broadcasts and one weight vector
+
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+
+#include "vec.h"
+#include "recurrent.inl"
+
+}  // namespace fastlstm::cpu::avx2
+
+#pragma GCC pop_options
+
+#endif  // x86-64

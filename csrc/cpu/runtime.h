@@ -1,0 +1,92 @@
+// What the CPU driver takes from torch: its thread pool, its allocator and its GEMM, behind plain pointers.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace fastlstm::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+inline int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// f(begin, end) on sub-ranges of [0, n), on torch's own threads; inline when n <= grain.
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
+}
+
+// An uninitialised contiguous tensor, without the detour through the dispatcher.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Uninitialised memory of torch's allocator. An empty buffer is a null pointer.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    if (size > 0) tensor_ = empty({size}, kScalarType<T>), data_ = static_cast<T*>(tensor_->data_ptr());
+  }
+  T* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  T* data_ = nullptr;
+};
+
+// A strided view of memory that somebody else owns.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, row_stride, column_stride = 1;
+
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Matrix rows_from(int64_t first, int64_t count) const {
+    return {data + first * row_stride, count, columns, row_stride, column_stride};
+  }
+};
+
+// Row-major and dense.
+template <class T>
+Matrix<T> dense(T* data, int64_t rows, int64_t columns) {
+  return {data, rows, columns, columns};
+}
+
+template <class T>
+Tensor as_tensor(const Matrix<T>& m) {
+  return torch::stable::from_blob(const_cast<std::remove_const_t<T>*>(m.data), {m.rows, m.columns},
+                                  {m.row_stride, m.column_stride}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  kScalarType<std::remove_const_t<T>>);
+}
+
+// out = a b, or out += a b. Any of the sizes may be zero.
+template <class T>
+void matmul(const Matrix<T>& out, const Matrix<const T>& a, const Matrix<const T>& b, bool accumulate = false) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const Tensor out_tensor = as_tensor(out), a_tensor = as_tensor(a), b_tensor = as_tensor(b);
+  // beta = 0 ignores what `out` held, NaN included.
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_tensor.get(), out_tensor.get(), a_tensor.get(),
+                                                         b_tensor.get(), accumulate ? 1.0 : 0.0, 1.0));
+}
+
+}  // namespace fastlstm::cpu

@@ -1,0 +1,434 @@
+#include "stack.h"
+
+#include <algorithm>
+
+#include "../cell.h"
+#include "runtime.h"
+
+namespace fastlstm::cpu {
+
+namespace {
+
+constexpr int64_t kElementwiseGrain = 16384;  // elements below which a thread is not worth waking
+constexpr int64_t kPackGrain = 16384;
+
+// f(direction, first, last) for the sub-ranges of D adjacent ranges of n items each, over all threads.
+template <class F>
+void parallel_directions(int64_t directions, int64_t n, const F& f) {
+  parallel(directions * n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin / n; d * n < end; ++d) f(d, std::max(begin - d * n, int64_t{0}), std::min(end - d * n, n));
+  });
+}
+
+// A direction and a range of its batch rows: what one thread runs through all steps without waiting for others.
+struct RowItem {
+  int64_t direction;
+  Range rows;
+};
+
+// Cuts the batch so that the parts have about the same number of (row, step) pairs: in a packed sequence the first rows
+// are the longest.
+std::vector<RowItem> split_rows(const Schedule& schedule, int64_t directions) {
+  const int64_t batch = schedule.active(0);
+  const int64_t parts = std::clamp<int64_t>(thread_count() / directions, 1, batch);
+  std::vector<int64_t> work(batch + 1, 0);  // work[b]: pairs in the rows before b
+  for (int64_t b = 0, t = schedule.steps(); b < batch; ++b) {
+    while (t > 0 && schedule.active(t - 1) <= b) --t;
+    work[b + 1] = work[b] + t;
+  }
+  std::vector<RowItem> items;
+  for (int64_t d = 0; d < directions; ++d) {
+    int64_t begin = 0;
+    for (int64_t part = 1; part <= parts; ++part) {
+      const auto cut = std::lower_bound(work.begin(), work.end(), work[batch] * part / parts);
+      const int64_t end = part == parts ? batch : std::max<int64_t>(begin, cut - work.begin());
+      if (begin < end) items.push_back({d, {begin, end}});
+      begin = end;
+    }
+  }
+  return items;
+}
+
+template <class T>
+void multiply_elements(const T* a, const T* b, T* out, int64_t n) {
+  parallel(n, kElementwiseGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = a[i] * b[i];
+  });
+}
+
+// Packs all panels of one matrix, shared among threads unless it is small.
+template <class Pack>
+void pack_panels(int64_t panels, int64_t elements, const Pack& pack) {
+  parallel(panels, panels * kPackGrain / std::max<int64_t>(elements, 1) + 1,
+           [&](int64_t begin, int64_t end) { pack(Range{begin, end}); });
+}
+
+// The time steps of a pass, in order.
+template <class Task>
+int64_t forward_step(const Task& task, int64_t s) {
+  return task.reverse ? task.schedule->steps() - 1 - s : s;
+}
+template <class Task>
+int64_t backward_step(const Task& task, int64_t s) {
+  return task.reverse ? s : task.schedule->steps() - 1 - s;
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+template <class T>
+void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k, const PassPlan& plan) {
+  const ForwardTask<T>& first = tasks[0];
+  const Schedule& schedule = *first.schedule;
+  const int64_t directions = static_cast<int64_t>(tasks.size());
+  const int64_t blocks = unit_blocks(k, first.H), panels = column_panels(k, first.P);
+  const GateProduct product = plan.family == Family::kPacked ? GateProduct::kPacked : GateProduct::kUnpacked;
+  const Range all_rows = {0, schedule.active(0)};
+
+  if (plan.split == Split::kRows) {
+    const std::vector<RowItem> items = split_rows(schedule, directions);
+    parallel(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const ForwardTask<T>& task = tasks[items[i].direction];
+        for (int64_t s = 0; s < schedule.steps(); ++s) {
+          const int64_t t = forward_step(task, s);
+          k.forward_cells(task, product, t, items[i].rows, {0, blocks});
+          if (task.hidden) k.forward_project(task, t, items[i].rows, {0, panels});
+        }
+      }
+    });
+    return;
+  }
+  for (int64_t s = 0; s < schedule.steps(); ++s) {
+    parallel_directions(directions, blocks, [&](int64_t d, int64_t begin, int64_t end) {
+      k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, {begin, end});
+    });
+    if (first.hidden)
+      parallel_directions(directions, panels, [&](int64_t d, int64_t begin, int64_t end) {
+        k.forward_project(tasks[d], forward_step(tasks[d], s), all_rows, {begin, end});
+      });
+  }
+}
+
+// gates_x += h_{t-1} W_hh^T by one library GEMM per step (two where rows start in mid-sequence), then the cell.
+template <class T>
+void forward_stepwise(const ForwardTask<T>& task, T* gates_x, const T* w_hr, const Kernels<T>& k) {
+  const Schedule& schedule = *task.schedule;
+  const Matrix<const T> w_hh = dense(task.w_hh, kGates * task.H, task.P).transposed();
+  const int64_t blocks = unit_blocks(k, task.H);
+  for (int64_t s = 0; s < schedule.steps(); ++s) {
+    const int64_t t = forward_step(task, s), previous = task.previous(t), rows = schedule.active(t);
+    const Matrix<T> gates = dense(gates_x + schedule.offsets[t] * kGates * task.H, rows, kGates * task.H);
+    const int64_t running = std::min(rows, schedule.active(previous));
+    if (running > 0)
+      matmul<T>(gates.rows_from(0, running),
+                {task.y + schedule.offsets[previous] * task.y_stride, running, task.P, task.y_stride}, w_hh, true);
+    matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P), w_hh, true);
+    parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
+      k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks});
+    });
+    if (task.hidden)
+      matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride}, dense<const T>(task.hidden, rows, task.H),
+                dense(w_hr, task.P, task.H).transposed());
+  }
+}
+
+// h_n: the output of each row's last step.
+template <class T>
+void copy_final_states(const ForwardTask<T>& task, T* h_n) {
+  const Schedule& schedule = *task.schedule;
+  for (int64_t t = 0; t < schedule.steps(); ++t) {
+    // Forward in time, a row ends where the next step has fewer rows; in reverse all rows end at step 0.
+    const int64_t first = task.reverse ? 0 : schedule.active(t + 1);
+    for (int64_t b = first; b < schedule.active(t); ++b)
+      std::copy_n(task.y + (schedule.offsets[t] + b) * task.y_stride, task.P, h_n + b * task.P);
+    if (task.reverse) break;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
+  const Problem& p = *stack.problem;
+  const Kernels<T>& k = *stack.kernels;
+  const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P;
+  const int64_t blocks = unit_blocks(k, H), gate_columns = kGates * H;
+  const bool packed = plan.family == Family::kPacked;
+  const int64_t inner_layers = p.layers - 1;
+
+  // Outputs of the lower layers: saved, or two buffers in turn; and the dropped copy that the next layer reads.
+  const Buffer<T> outputs(stack.layer_outputs ? 0 : std::min<int64_t>(inner_layers, 2) * N * width);
+  const Buffer<T> dropped(stack.dropout_mask ? N * width : 0);
+  const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * N * gate_columns : 0);
+  const Buffer<T> hidden(p.P > 0 ? p.directions * p.B * H : 0);
+  const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
+  const int64_t widest_input = std::max(p.I, inner_layers > 0 ? width : 0);
+  const int64_t ih_size = packed && !plan.bulk_input ? packed_gates_size(k, H, widest_input) : 0;
+  const int64_t hh_size = packed ? packed_gates_size(k, H, P) : 0;
+  const int64_t hr_size = packed && p.P > 0 ? packed_columns_size(k, H, P) : 0;
+  const Buffer<T> packs(p.directions * (ih_size + hh_size + hr_size));
+
+  std::copy_n(stack.c_0, p.layers * p.directions * p.B * H, stack.c_n);
+  const T* input = stack.x;
+  for (int64_t layer = 0; layer < p.layers; ++layer) {
+    const int64_t I = stack.input_size(layer);
+    T* output = layer == inner_layers  ? stack.y
+                : stack.layer_outputs ? stack.layer_outputs + layer * N * width
+                                      : outputs.data() + layer % 2 * N * width;
+    std::vector<ForwardTask<T>> tasks;
+    for (int64_t d = 0; d < p.directions; ++d) {
+      const int64_t index = layer * p.directions + d;
+      const Weights<const T>& w = stack.weights[index];
+      T* const pack_ih = packs.data() + d * (ih_size + hh_size + hr_size);
+      T* const pack_hh = pack_ih + ih_size;
+      T* const pack_hr = pack_hh + hh_size;
+      if (ih_size > 0) pack_panels(blocks, gate_columns * I, [&](Range r) { k.pack_gates(w.w_ih, H, I, pack_ih, r); });
+      if (hh_size > 0) pack_panels(blocks, gate_columns * P, [&](Range r) { k.pack_gates(w.w_hh, H, P, pack_hh, r); });
+      if (hr_size > 0)
+        pack_panels(column_panels(k, P), P * H, [&](Range r) { k.pack_transposed(w.w_hr, H, P, pack_hr, r); });
+      T* const direction_bias = bias.data() + d * blocks * kGates * k.lanes;
+      k.pack_bias(w.b_ih, w.b_hh, H, direction_bias);
+      T* const saved_gates = stack.gates ? stack.gates + index * N * gate_columns : nullptr;
+      T* const product = !plan.bulk_input ? nullptr : saved_gates ? saved_gates : gates_x.data() + d * N * gate_columns;
+      if (product)
+        matmul<T>(dense(product, N, gate_columns), dense(input, N, I), dense(w.w_ih, gate_columns, I).transposed());
+
+      ForwardTask<T> task;
+      task.schedule = stack.schedule;
+      task.reverse = d == 1;
+      task.I = I;
+      task.H = H;
+      task.P = P;
+      task.x = input;
+      task.gates_x = product;
+      task.w_ih = w.w_ih;
+      task.w_hh = w.w_hh;
+      task.packed_ih = pack_ih;
+      task.packed_hh = pack_hh;
+      task.packed_hr = pack_hr;
+      task.bias = direction_bias;
+      task.h_0 = stack.h_0 + index * p.B * P;
+      task.c = stack.c_n + index * p.B * H;
+      task.hidden = p.P > 0 ? hidden.data() + d * p.B * H : nullptr;
+      task.y = output + d * P;
+      task.y_stride = width;
+      task.gates = saved_gates;
+      task.cells = stack.cells ? stack.cells + index * N * H : nullptr;
+      tasks.push_back(task);
+      if (plan.family == Family::kStepwise) forward_stepwise(task, product, w.w_hr, k);
+    }
+    if (plan.family != Family::kStepwise) forward_steps(tasks, k, plan);
+    for (int64_t d = 0; d < p.directions; ++d)
+      copy_final_states(tasks[d], stack.h_n + (layer * p.directions + d) * p.B * P);
+
+    input = output;
+    if (stack.dropout_mask && layer < inner_layers) {
+      multiply_elements(output, stack.dropout_mask + layer * N * width, dropped.data(), N * width);
+      input = dropped.data();
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+namespace {
+
+template <class T>
+void backward_steps(const std::vector<BackwardTask<T>>& tasks, const Kernels<T>& k, Split split, bool needs_d_h_0) {
+  const BackwardTask<T>& first = tasks[0];
+  const Schedule& schedule = *first.schedule;
+  const int64_t directions = static_cast<int64_t>(tasks.size()), steps = schedule.steps();
+  const int64_t panels_h = column_panels(k, first.P), panels_c = column_panels(k, first.H);
+  const Range all_rows = {0, schedule.active(0)};
+
+  if (split == Split::kRows) {
+    const std::vector<RowItem> items = split_rows(schedule, directions);
+    parallel(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const BackwardTask<T>& task = tasks[items[i].direction];
+        const Range rows = items[i].rows;
+        for (int64_t s = 0; s < steps; ++s) {
+          const int64_t t = backward_step(task, s);
+          if (s > 0) k.backward_recurrent(task, task.next(t), rows, {0, panels_h});
+          if (task.d_hidden) {
+            k.backward_output(task, t, rows);
+            k.backward_project(task, t, rows, {0, panels_c});
+          }
+          k.backward_cells(task, t, rows, {0, panels_c});
+        }
+        if (needs_d_h_0) k.backward_recurrent(task, backward_step(task, steps - 1), rows, {0, panels_h});
+      }
+    });
+    return;
+  }
+  // Threads own hidden units. Without projection the d_h that a thread makes is all that its own cells need, so one
+  // fork-join per step is enough; with projection each product needs the whole of the one before.
+  const auto recurrent = [&](int64_t s) {
+    parallel_directions(directions, panels_h, [&](int64_t d, int64_t begin, int64_t end) {
+      k.backward_recurrent(tasks[d], backward_step(tasks[d], s), all_rows, {begin, end});
+    });
+  };
+  for (int64_t s = 0; s < steps; ++s) {
+    if (first.d_hidden) {
+      if (s > 0) recurrent(s - 1);
+      for (const BackwardTask<T>& task : tasks) k.backward_output(task, backward_step(task, s), all_rows);
+    }
+    parallel_directions(directions, panels_c, [&](int64_t d, int64_t begin, int64_t end) {
+      const int64_t t = backward_step(tasks[d], s);
+      if (first.d_hidden)
+        k.backward_project(tasks[d], t, all_rows, {begin, end});
+      else if (s > 0)
+        k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, {begin, end});
+      k.backward_cells(tasks[d], t, all_rows, {begin, end});
+    });
+  }
+  if (needs_d_h_0) recurrent(steps - 1);
+}
+
+template <class T>
+void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, const Kernels<T>& k, bool needs_d_h_0) {
+  const Schedule& schedule = *task.schedule;
+  const int64_t columns = kGates * task.H, panels = column_panels(k, task.H);
+  const auto recurrent = [&](int64_t t) {
+    const int64_t rows = schedule.active(t);
+    matmul<T>(dense(task.d_h, rows, task.P), dense<const T>(task.d_gates + schedule.offsets[t] * columns, rows, columns),
+              dense(w.w_hh, columns, task.P));
+  };
+  for (int64_t s = 0; s < schedule.steps(); ++s) {
+    const int64_t t = backward_step(task, s), rows = schedule.active(t);
+    if (s > 0) recurrent(task.next(t));
+    if (task.d_hidden) {
+      k.backward_output(task, t, {0, rows});
+      matmul<T>(dense(task.d_hidden, rows, task.H),
+                dense<const T>(task.d_projected + schedule.offsets[t] * task.P, rows, task.P), dense(w.w_hr, task.P, task.H));
+    }
+    parallel(rows, kElementwiseGrain / columns + 1,
+             [&](int64_t begin, int64_t end) { k.backward_cells(task, t, {begin, end}, {0, panels}); });
+  }
+  if (needs_d_h_0) recurrent(backward_step(task, schedule.steps() - 1));
+}
+
+// h_{t-1} of every row, gathered: needed where the rows of two steps do not line up.
+template <class T>
+void gather_previous(const BackwardTask<T>& task, const T* y, int64_t y_stride, const T* h_0, T* out) {
+  const Schedule& schedule = *task.schedule;
+  for (int64_t t = 0; t < schedule.steps(); ++t) {
+    const int64_t previous = task.previous(t);
+    for (int64_t b = 0; b < schedule.active(t); ++b)
+      std::copy_n(b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride : h_0 + b * task.P, task.P,
+                  out + (schedule.offsets[t] + b) * task.P);
+  }
+}
+
+// d_W_hh = sum over rows of d_gates^T h_{t-1}.
+template <class T>
+void recurrent_weight_gradient(const BackwardTask<T>& task, const T* y, int64_t y_stride, const T* h_0, T* d_w_hh) {
+  const Schedule& schedule = *task.schedule;
+  const int64_t N = schedule.rows(), B = schedule.active(0), columns = kGates * task.H;
+  const Matrix<T> out = dense(d_w_hh, columns, task.P);
+  const Matrix<const T> d_gates = dense<const T>(task.d_gates, N, columns);
+  if (N != schedule.steps() * B) {
+    const Buffer<T> previous(N * task.P);
+    gather_previous(task, y, y_stride, h_0, previous.data());
+    matmul<T>(out, d_gates.transposed(), dense<const T>(previous.data(), N, task.P));
+    return;
+  }
+  // Dense: h_{t-1} is y shifted by one step, and h_0 for the step that comes first.
+  const int64_t first_step = task.reverse ? N - B : 0, others = task.reverse ? 0 : B, before = task.reverse ? B : 0;
+  matmul<T>(out, d_gates.rows_from(first_step, B).transposed(), dense(h_0, B, task.P));
+  if (N > B)
+    matmul<T>(out, d_gates.rows_from(others, N - B).transposed(), {y + before * y_stride, N - B, task.P, y_stride}, true);
+}
+
+}  // namespace
+
+template <class T>
+void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
+  const Problem& p = *stack.problem;
+  const Kernels<T>& k = *stack.kernels;
+  const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P, columns = kGates * H;
+  const bool packed = plan.family == Family::kPacked, projected = p.P > 0, inner = p.layers > 1;
+
+  const Buffer<T> d_gates(p.directions * N * columns);
+  const Buffer<T> d_projected(projected ? p.directions * N * P : 0), hidden(projected ? p.directions * N * H : 0);
+  const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
+  const int64_t hh_size = packed ? packed_columns_size(k, columns, P) : 0;
+  const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
+  const Buffer<T> packs(p.directions * (hh_size + hr_size));
+  const Buffer<T> d_outputs(inner ? 2 * N * width : 0);  // gradients of the lower layers' outputs, two in turn
+  const Buffer<T> dropped(inner && stack.dropout_mask ? N * width : 0);
+  const Buffer<T> ones(N);
+  std::fill_n(ones.data(), N, T(1));
+
+  const T* d_output = stack.d_y;
+  for (int64_t layer = p.layers - 1; layer >= 0; --layer) {
+    const int64_t I = stack.input_size(layer);
+    const T* output = layer == p.layers - 1 ? stack.y : stack.layer_outputs + layer * N * width;
+    std::vector<BackwardTask<T>> tasks;
+    for (int64_t d = 0; d < p.directions; ++d) {
+      const int64_t index = layer * p.directions + d;
+      const Weights<const T>& w = stack.weights[index];
+      T* const pack_hh = packs.data() + d * (hh_size + hr_size);
+      T* const pack_hr = pack_hh + hh_size;
+      if (hh_size > 0)
+        pack_panels(column_panels(k, P), columns * P, [&](Range r) { k.pack_columns(w.w_hh, columns, P, pack_hh, r); });
+      if (hr_size > 0)
+        pack_panels(column_panels(k, H), P * H, [&](Range r) { k.pack_columns(w.w_hr, P, H, pack_hr, r); });
+
+      BackwardTask<T> task;
+      task.schedule = stack.schedule;
+      task.reverse = d == 1;
+      task.H = H;
+      task.P = P;
+      task.gates = stack.gates + index * N * columns;
+      task.cells = stack.cells + index * N * H;
+      task.c_0 = stack.c_0 + index * p.B * H;
+      task.packed_hh = pack_hh;
+      task.packed_hr = pack_hr;
+      task.d_y = d_output ? d_output + d * P : nullptr;
+      task.d_y_stride = width;
+      task.d_h = stack.d_h + index * p.B * P;
+      task.d_c = stack.d_c + index * p.B * H;
+      task.d_projected = projected ? d_projected.data() + d * N * P : nullptr;
+      task.d_hidden = projected ? d_hidden.data() + d * p.B * H : nullptr;
+      task.hidden = projected ? hidden.data() + d * N * H : nullptr;
+      task.d_gates = d_gates.data() + d * N * columns;
+      tasks.push_back(task);
+      if (plan.family == Family::kStepwise) backward_stepwise(task, w, k, stack.needs_d_h_0);
+    }
+    if (plan.family != Family::kStepwise) backward_steps(tasks, k, plan.split, stack.needs_d_h_0);
+
+    // Everything that is left is bulk products over all rows.
+    const T* mask = stack.dropout_mask && layer > 0 ? stack.dropout_mask + (layer - 1) * N * width : nullptr;
+    const T* input = layer == 0 ? stack.x : stack.layer_outputs + (layer - 1) * N * width;
+    if (mask) {
+      multiply_elements(input, mask, dropped.data(), N * width);
+      input = dropped.data();
+    }
+    T* const d_input = layer == 0 ? stack.d_x : d_outputs.data() + layer % 2 * N * width;
+    for (int64_t d = 0; d < p.directions; ++d) {
+      const int64_t index = layer * p.directions + d;
+      const Weights<T>& d_w = stack.d_weights[index];
+      const Matrix<const T> task_gates = dense<const T>(tasks[d].d_gates, N, columns);
+      if (d_input) matmul<T>(dense(d_input, N, I), task_gates, dense(stack.weights[index].w_ih, columns, I), d > 0);
+      if (d_w.w_ih) matmul<T>(dense(d_w.w_ih, columns, I), task_gates.transposed(), dense(input, N, I));
+      if (d_w.w_hh) recurrent_weight_gradient(tasks[d], output + d * P, width, stack.h_0 + index * p.B * P, d_w.w_hh);
+      // The two biases are added, so their gradients are the same sum over all rows.
+      T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
+      if (d_bias) matmul<T>(dense(d_bias, 1, columns), dense<const T>(ones.data(), 1, N), task_gates);
+      if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, columns, d_w.b_hh);
+      if (d_w.w_hr)
+        matmul<T>(dense(d_w.w_hr, P, H), dense<const T>(tasks[d].d_projected, N, P).transposed(),
+                  dense<const T>(tasks[d].hidden, N, H));
+    }
+    if (mask) multiply_elements<T>(d_input, mask, d_input, N * width);
+    d_output = d_input;
+  }
+}
+
+template void run_forward<float>(const StackForward<float>&, const PassPlan&);
+template void run_forward<double>(const StackForward<double>&, const PassPlan&);
+template void run_backward<float>(const StackBackward<float>&, const PassPlan&);
+template void run_backward<double>(const StackBackward<double>&, const PassPlan&);
+
+}  // namespace fastlstm::cpu

@@ -1,0 +1,72 @@
+// The driver of the CPU kernels: runs a whole stack (layers x directions), forward or backward, as a plan says.
+//
+// Called by cpu_ops.cpp with plain pointers. All tensors are contiguous; T is the compute type (float or double). Weights
+// come per layer, then per direction, in nn.LSTM's order.
+#pragma once
+
+#include <vector>
+
+#include "../plan.h"
+#include "isa.h"
+#include "kernels.h"
+
+namespace fastlstm::cpu {
+
+// Parameters (or their gradients, with mutable T) of one direction of one layer. Null where absent.
+template <class T>
+struct Weights {
+  T* w_ih;  // [4H, I_l], I_l = I in layer 0, D * P above
+  T* w_hh;  // [4H, P]
+  T* b_ih;  // [4H]
+  T* b_hh;  // [4H]
+  T* w_hr;  // [P, H]
+};
+
+// What both passes read.
+template <class T>
+struct StackInputs {
+  const Problem* problem;
+  const Schedule* schedule;
+  const Kernels<T>* kernels;
+  const T* x;                              // [N, I]
+  std::vector<Weights<const T>> weights;   // [L * D]
+  const T* h_0;                            // [L*D, B, P]
+  const T* c_0;                            // [L*D, B, H]
+  const T* dropout_mask;                   // [L-1, N, D*P], factors on the input of layer l+1; or null
+
+  int64_t input_size(int64_t layer) const {
+    return layer == 0 ? problem->I : problem->directions * problem->output_size();
+  }
+};
+
+template <class T>
+struct StackForward : StackInputs<T> {
+  T* y;              // [N, D*P]
+  T* h_n;            // [L*D, B, P]
+  T* c_n;            // [L*D, B, H]
+  T* gates;          // [L*D, N, 4H], saved for backward; null in inference
+  T* cells;          // [L*D, N, H], likewise
+  T* layer_outputs;  // [L-1, N, D*P], undropped outputs of the lower layers, likewise
+};
+
+template <class T>
+struct StackBackward : StackInputs<T> {
+  const T* y;              // as the forward pass made them
+  const T* gates;
+  const T* cells;
+  const T* layer_outputs;
+  const T* d_y;            // [N, D*P], or null: zero
+  T* d_x;                  // [N, I], or null: not needed
+  T* d_h;                  // [L*D, B, P]: d_h_n on entry, d_h_0 on exit
+  T* d_c;                  // [L*D, B, H]: d_c_n on entry, d_c_0 on exit
+  bool needs_d_h_0;
+  std::vector<Weights<T>> d_weights;  // [L * D], null where not needed
+};
+
+template <class T>
+void run_forward(const StackForward<T>& stack, const PassPlan& plan);
+
+template <class T>
+void run_backward(const StackBackward<T>& stack, const PassPlan& plan);
+
+}  // namespace fastlstm::cpu

@@ -1,0 +1,186 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+namespace fastlstm {
+
+namespace {
+
+// The cost model's constants, in core cycles. They rank candidates; they need not predict times.
+// Fitted on two cores of an AMD EPYC 7003 (AVX2, 512 KB L2) with torch 2.13.
+namespace cost {
+constexpr double kForkJoin = 6000;         // torch's parallel_for, both threads awake
+constexpr double kLibraryCall = 4000;      // one small GEMM through aten
+constexpr double kLibraryRate = 0.85;      // of the FMA peak: a library GEMM with many rows ...
+constexpr double kLibraryStepRate = 0.55;  // ... with as many as a batch ...
+constexpr double kLibraryFewRate = 0.30;   // ... with fewer than 8
+constexpr double kTileRate = 0.90;         // packed register tiles of 4 to 6 rows
+constexpr double kNarrowTileRate = 0.70;   // packed register tiles of 1 to 3 rows
+constexpr double kDotRate = 0.60;          // dot products of infinite length; each ends in a sum over lanes ...
+constexpr double kDotOverhead = 64;        // ... that costs as much as this many more terms
+constexpr double kL2Bytes = 20;            // bytes per cycle and core from L2 ...
+constexpr double kL3Bytes = 10;            // ... and from L3
+constexpr double kPackPerElement = 1.2;    // transposing
+constexpr double kCopyPerElement = 0.4;    // packing a matrix that is already k-major
+constexpr double kCellPerVector = 60;      // one vector of units of one row: five exponentials and as many divisions
+}  // namespace cost
+
+struct Candidate {
+  Family family;
+  Split split;
+  bool bulk_input;
+};
+
+struct Shape {  // one layer and one direction
+  double rows;  // average rows of a step
+  double steps, I, H, P;
+};
+
+double lanes(const Problem& p, const Machine& m) { return static_cast<double>(m.vector_bytes) / p.compute_bytes; }
+
+// Multiply-adds per cycle of one core: two FMA pipes, or separate multiplies and adds.
+double peak(const Problem& p, const Machine& m) { return lanes(p, m) * (m.fma ? 2 : 1); }
+
+// Cycles to read this many weight bytes once by one core that keeps `resident` bytes between steps.
+double read_cycles(double bytes, double resident, const Machine& m) {
+  return bytes / (resident <= 0.8 * static_cast<double>(m.l2_bytes) ? cost::kL2Bytes : cost::kL3Bytes);
+}
+
+// Threads that find work and rows and units of each.
+struct Share {
+  double threads, rows, units;
+};
+
+Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) {
+  if (split == Split::kUnits) return {static_cast<double>(m.threads), s.rows, p.directions * s.H / m.threads};
+  const double items = std::min<double>(m.threads, p.directions * std::max(1.0, s.rows));
+  return {items, std::ceil(p.directions * s.rows / items), s.H};
+}
+
+// Cycles of the products and the cell of one step on one core.
+double step_cycles(const Share& share, double K, double rate, const Problem& p, const Machine& m) {
+  const double multiply = share.rows * share.units * 4 * K / (peak(p, m) * rate);
+  const double bytes = share.units * 4 * K * p.compute_bytes;
+  const double passes = std::ceil(share.rows / 48);  // the kernels re-read their weights for each chunk of rows
+  return std::max(multiply, passes * read_cycles(bytes, bytes, m)) +
+         share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
+}
+
+double product_rate(Family family, double rows, double K) {
+  if (family == Family::kUnpacked) return cost::kDotRate * K / (K + cost::kDotOverhead);
+  return rows >= 4 ? cost::kTileRate : cost::kNarrowTileRate;
+}
+
+// Cycles of one library GEMM: `rows` rows against a weight matrix of K x columns.
+double library_cycles(double rows, double K, double columns, const Problem& p, const Machine& m) {
+  const double rate = rows >= 64 ? cost::kLibraryRate : rows >= 8 ? cost::kLibraryStepRate : cost::kLibraryFewRate;
+  const double bytes = K * columns * static_cast<double>(p.compute_bytes);
+  const double readers = rows >= 8 ? m.threads : 1;  // matrix-vector products run on one thread
+  return std::max(rows * K * columns / (m.threads * peak(p, m) * rate), read_cycles(bytes / readers, bytes / readers, m)) +
+         cost::kLibraryCall;
+}
+
+// Cycles of the library GEMMs of one step: h W_hh^T (or d_gates W_hh), and the projection.
+double library_step_cycles(const Shape& s, const Problem& p, const Machine& m) {
+  double step = library_cycles(s.rows, s.P, 4 * s.H, p, m);
+  if (p.P > 0) step += library_cycles(s.rows, s.H, s.P, p, m);
+  const double cell = s.rows * s.H / lanes(p, m) * cost::kCellPerVector / std::min<double>(m.threads, std::max(s.rows, 1.0));
+  return static_cast<double>(p.directions) * (step + cell) + cost::kForkJoin;
+}
+
+double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
+  const auto directions = static_cast<double>(p.directions);
+  const double rows = s.rows * s.steps;
+  const double through_memory = rows * 4 * s.H * static_cast<double>(p.compute_bytes) / (4.0 * m.threads);
+  const double bulk = directions * (library_cycles(rows, s.I, 4 * s.H, p, m) + through_memory);
+  if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
+  const Share share = share_of(s, c.split, p, m);
+  const double K = s.P + (c.bulk_input ? 0 : s.I);
+  double total = s.steps * step_cycles(share, K, product_rate(c.family, share.rows, K), p, m) + (c.bulk_input ? bulk : 0);
+  if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 2 : 1);
+  if (c.family == Family::kPacked) total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
+  return total;
+}
+
+double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
+  if (c.family == Family::kStepwise) return s.steps * library_step_cycles(s, p, m);
+  const Share share = share_of(s, c.split, p, m);
+  double total = s.steps * step_cycles(share, s.P, product_rate(c.family, share.rows, s.P), p, m);
+  if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 3 : 1);
+  const double pack = static_cast<double>(p.directions) * 4 * s.H * s.P * cost::kCopyPerElement / m.threads;
+  return total + pack + cost::kForkJoin;
+}
+
+// The limits of the families: the only place that states them.
+std::vector<Candidate> candidates(const Problem& p, bool backward) {
+  std::vector<Candidate> all = {{Family::kStepwise, Split::kRows, true}};
+  for (const Split split : {Split::kRows, Split::kUnits}) {
+    all.push_back({Family::kPacked, split, true});
+    if (!backward) all.push_back({Family::kPacked, split, false});
+    // Dot products need h as a row of P values in y and have no projection of their own; their backward is packed's.
+    if (!backward && p.P == 0) {
+      all.push_back({Family::kUnpacked, split, false});
+      all.push_back({Family::kUnpacked, split, true});
+    }
+  }
+  return all;
+}
+
+// The cheapest candidate of the forced family, or of all where none is forced.
+PassPlan choose(const Problem& p, const Machine& m, std::optional<Family> forced, bool backward) {
+  // Later layers read D * P features: the plan is for the stack, so sizes are averaged over layers.
+  const double input = (static_cast<double>(p.I) + static_cast<double>((p.layers - 1) * p.directions * p.output_size())) /
+                       static_cast<double>(p.layers);
+  const Shape shape = {p.T > 0 ? static_cast<double>(p.N) / static_cast<double>(p.T) : 0, static_cast<double>(p.T), input,
+                       static_cast<double>(p.H), static_cast<double>(p.output_size())};
+  std::optional<PassPlan> best;
+  for (const Candidate& c : candidates(p, backward)) {
+    if (forced && c.family != *forced) continue;
+    const double cycles = static_cast<double>(p.layers) *
+                          (backward ? backward_cycles(c, shape, p, m) : forward_cycles(c, shape, p, m));
+    if (!best || cycles < best->cycles) best = PassPlan{c.family, c.split, c.bulk_input, cycles};
+  }
+  if (!best)
+    throw std::invalid_argument(std::string("plan '") + family_name(*forced) +
+                                "' cannot run this problem: it does not support proj_size > 0");
+  return *best;
+}
+
+}  // namespace
+
+const char* family_name(Family family) {
+  switch (family) {
+    case Family::kPacked: return "packed";
+    case Family::kUnpacked: return "unpacked";
+    default: return "stepwise";
+  }
+}
+
+const char* split_name(Split split) { return split == Split::kRows ? "rows" : "units"; }
+
+std::vector<Family> families() { return {Family::kStepwise, Family::kPacked, Family::kUnpacked}; }
+
+PassPlan plan_forward(const Problem& problem, const Machine& machine, std::optional<Family> forced) {
+  return choose(problem, machine, forced, false);
+}
+
+PassPlan plan_backward(const Problem& problem, const Machine& machine, std::optional<Family> forced) {
+  if (forced == Family::kUnpacked) forced.reset();
+  return choose(problem, machine, forced, true);
+}
+
+Plan make_plan(const Problem& problem, const Machine& machine, std::optional<Family> forced) {
+  Plan plan = {plan_forward(problem, machine, forced), std::nullopt, {}};
+  if (problem.training) plan.backward = plan_backward(problem, machine, forced);
+  std::ostringstream reason;
+  reason << (forced ? "forced family, cheapest of its variants" : "cheapest of all legal variants") << ": forward "
+         << std::llround(plan.forward.cycles / 1000) << "k cycles estimated";
+  if (plan.backward) reason << ", backward recurrence " << std::llround(plan.backward->cycles / 1000) << "k";
+  plan.reason = reason.str();
+  return plan;
+}
+
+}  // namespace fastlstm

@@ -1,0 +1,161 @@
+"""What the planner decides, made visible, and how to overrule it: plan, force, build_info.
+
+Users ask ``fastlstm.plan`` why a shape is fast or slow; tests and benchmarks force every kernel family and instruction
+set through ``fastlstm.force``. The decisions themselves are made in ``csrc/plan.cpp``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastlstm import _C
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is computed.
+
+    ``forward`` and ``backward`` name kernel families (``backward`` is None without training). ``forward_split`` and
+    ``backward_split`` say what threads divide: ``"rows"`` of the batch (no synchronisation) or hidden ``"units"`` (one
+    per step). ``bulk_input``: x W_ih^T is one GEMM over all steps, not part of each step.
+    """
+
+    forward: str
+    forward_split: str
+    bulk_input: bool
+    backward: str | None
+    backward_split: str | None
+    isa: str
+    threads: int
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"forward {self.forward} (by {self.forward_split}{', bulk input' if self.bulk_input else ''})"
+        if self.backward is not None:
+            text += f", backward {self.backward} (by {self.backward_split})"
+        return f"{text}, {self.isa}, {self.threads} threads; {self.reason}"
+
+
+def plan(
+    module: torch.nn.RNNBase | None = None,
+    *,
+    T: int,
+    B: int,
+    I: int | None = None,  # noqa: E741
+    H: int | None = None,
+    P: int = 0,
+    L: int = 1,
+    D: int = 1,
+    dtype: torch.dtype | None = None,
+    training: bool = False,
+) -> Plan:
+    """The plan for T time steps of B rows on this machine, with torch's current number of threads.
+
+    Args:
+        module: a FastLSTM (or nn.LSTM) to take I, H, P, L, D and dtype from; without one, I and H must be given.
+        T: time steps.
+        B: batch size.
+        I: input size.
+        H: hidden size.
+        P: projection size, 0 for none.
+        L: layers.
+        D: directions, 1 or 2.
+        dtype: float32 (the default), float64, bfloat16 or float16.
+        training: whether a backward pass follows.
+
+    Raises:
+        ValueError: a size is not positive, sizes are missing, or a forced plan cannot run the problem.
+    """
+    if module is not None:
+        I, H, P, L = module.input_size, module.hidden_size, module.proj_size, module.num_layers  # noqa: E741
+        D = 2 if module.bidirectional else 1
+        dtype = module.weight_ih_l0.dtype
+    if I is None or H is None:
+        raise ValueError("plan needs a module, or I and H")
+    for name, value in {"T": T, "B": B, "I": I, "H": H, "L": L}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= P < H:
+        raise ValueError(f"P must be in [0, H) = [0, {H}), got {P}")
+    if D not in (1, 2):
+        raise ValueError(f"D must be 1 or 2, got {D}")
+    found = _C.plan_for(
+        T=T,
+        B=B,
+        N=T * B,
+        I=I,
+        H=H,
+        P=P,
+        layers=L,
+        directions=D,
+        compute_bytes=8 if dtype == torch.float64 else 4,
+        training=training,
+        threads=torch.get_num_threads(),
+    )
+    forward, backward = found["forward"], found["backward"]
+    return Plan(
+        forward=forward["family"],
+        forward_split=forward["split"],
+        bulk_input=forward["bulk_input"],
+        backward=backward["family"] if backward else None,
+        backward_split=backward["split"] if backward else None,
+        isa=found["isa"],
+        threads=found["threads"],
+        reason=found["reason"],
+    )
+
+
+def plans() -> list[str]:
+    """The names of the kernel families that :func:`force` takes."""
+    return list(_C.plans())
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this build has kernels for and this CPU can run, best last."""
+    return list(_C.isas_available())
+
+
+@contextlib.contextmanager
+def force(plan: str | None = None, isa: str | None = None) -> Iterator[None]:
+    """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
+
+    Args:
+        plan: a family of :func:`plans`, or None for the planner's choice. ``"unpacked"`` has no backward of its own: the
+            planner chooses that.
+        isa: an instruction set of :func:`available_isas`, or None for the best.
+
+    Raises:
+        ValueError: the name is unknown, or this CPU lacks the instruction set. A forced family that cannot run a problem
+            raises when the problem comes.
+    """
+    before = _C.get_forced()
+    _C.set_forced(plan, isa)
+    try:
+        yield
+    finally:
+        _C.set_forced(*before)
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, compiler and instruction sets of this build, as plain values."""
+    from fastlstm import __version__
+
+    return {
+        "version": __version__,
+        "torch_built": _C.torch_built,
+        "torch_running": torch.__version__,
+        "cuda": _C.cuda,
+        "compiler": _C.compiler,
+        "isas_compiled": _C.isas_compiled(),
+        "isas_available": _C.isas_available(),
+        "isa": _C.isa(),
+    }

@@ -1,0 +1,56 @@
+"""Builds the extension module fastlstm._C against libtorch's stable ABI.
+
+One build serves every torch from 2.11 on. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; unset, they are
+built where nvcc is found. This version has CPU kernels only, so FASTLSTM_CUDA=1 is an error.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from pybind11 import get_include
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+OLDEST_TORCH = (2, 11)
+SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.cpp"))
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def main() -> None:
+    if torch_version() < OLDEST_TORCH:
+        sys.exit(f"fastlstm needs torch >= {'.'.join(map(str, OLDEST_TORCH))} to build, found {torch.__version__}")
+    cuda = os.environ.get("FASTLSTM_CUDA", "")
+    if cuda not in ("", "0", "1"):
+        sys.exit(f"FASTLSTM_CUDA must be 0 or 1, got {cuda!r}")
+    if cuda == "1":
+        sys.exit("FASTLSTM_CUDA=1, but this version of fastlstm has no CUDA kernels")
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+    extension = CppExtension(
+        "fastlstm._C",
+        SOURCES,
+        include_dirs=[get_include()],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",  # torch's headers
+            f"-DTORCH_TARGET_VERSION={target}",
+            f'-DFASTLSTM_TORCH_BUILT="{torch.__version__}"',
+        ],
+    )
+    # BuildExtension compiles through ninja, in parallel; the stable ABI needs no CPython-specific torch libraries.
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)})
+
+
+main()
