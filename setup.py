@@ -1,7 +1,7 @@
 """Builds the extension module fastlstm._C against libtorch's stable ABI.
 
-One build serves every torch from 2.11 on. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; unset, they are
-built where nvcc is found. This version has CPU kernels only, so FASTLSTM_CUDA=1 is an error.
+One build serves every torch from 2.11 on. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; this
+version has CPU kernels only, so 1 is an error.
 """
 
 import os
@@ -50,7 +50,10 @@ def main() -> None:
         ],
     )
     # BuildExtension compiles through ninja, in parallel; the stable ABI needs no CPython-specific torch libraries.
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)})
+    setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+    )
 
 
 main()

@@ -45,7 +45,7 @@ py::dict pass_to_dict(const PassPlan& pass) {
 py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
                   int64_t compute_bytes, bool training, int threads) {
   const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training};
-  const Plan plan = make_plan(problem, cpu::this_machine(threads), cpu::forced().family);
+  const Plan plan = make_plan(problem, cpu::this_machine(threads), cpu::forced().plan);
   py::dict d;
   d["forward"] = pass_to_dict(plan.forward);
   d["backward"] = plan.backward ? py::object(pass_to_dict(*plan.backward)) : py::none();
@@ -55,19 +55,24 @@ py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t
   return d;
 }
 
-void set_forced(const std::optional<std::string>& plan, const std::optional<std::string>& isa) {
+using Name = std::optional<std::string>;
+
+void set_forced(const Name& plan, const Name& isa, const Name& split, std::optional<bool> bulk_input) {
   cpu::Forced forced;
-  if (plan) forced.family = parse_name("plan", *plan, families(), family_name);
+  if (plan) forced.plan.family = parse_name("plan", *plan, families(), family_name);
   if (isa) forced.isa = parse_name("isa", *isa, cpu::available_isas(), cpu::isa_name);
+  if (split) forced.plan.split = parse_name("split", *split, splits(), split_name);
+  forced.plan.bulk_input = bulk_input;
   cpu::set_forced(forced);
 }
 
-std::pair<std::optional<std::string>, std::optional<std::string>> get_forced() {
+std::tuple<Name, Name, Name, std::optional<bool>> get_forced() {
   const cpu::Forced forced = cpu::forced();
-  std::optional<std::string> plan, isa;
-  if (forced.family) plan = family_name(*forced.family);
+  Name plan, isa, split;
+  if (forced.plan.family) plan = family_name(*forced.plan.family);
   if (forced.isa) isa = cpu::isa_name(*forced.isa);
-  return {plan, isa};
+  if (forced.plan.split) split = split_name(*forced.plan.split);
+  return {plan, isa, split, forced.plan.bulk_input};
 }
 
 }  // namespace
@@ -77,13 +82,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
         py::arg("threads"));
-  m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"));
+  m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"));
   m.def("get_forced", &get_forced);
   m.def("plans", [] { return names(families(), family_name); });
   m.def("isas_compiled", [] { return names(cpu::compiled_isas(), cpu::isa_name); });
   m.def("isas_available", [] { return names(cpu::available_isas(), cpu::isa_name); });
   m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); });
-  #if defined(__clang__)
+#if defined(__clang__)
   m.attr("compiler") = __VERSION__;
 #else
   m.attr("compiler") = "GCC " __VERSION__;

@@ -1,12 +1,13 @@
 // The LSTM cell, forward and backward: the only place where its equations stand.
 //
-// Included by the CPU kernels (V is a SIMD vector) and by tests (V is a scalar); written so that CUDA kernels can use it
-// with V = float. `Math` supplies sigmoid and tanh for V. The gate order everywhere is PyTorch's: i, f, g, o.
+// Included by the CPU kernels (V is a SIMD vector) and by tests (V is a scalar); written so that CUDA kernels can use
+// it with V = float. `Math` supplies sigmoid and tanh for V. The gate order everywhere is PyTorch's: i, f, g, o.
 //
 // Forward (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000):
 //   i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)
 //   c_t = f * c_{t-1} + i * g             h_t = o * tanh(c_t)
-// where a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh are the pre-activations. Backward is the chain rule through these lines.
+// where a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh are the pre-activations. Backward is the chain rule through these
+// lines.
 #pragma once
 
 #if defined(__CUDACC__)

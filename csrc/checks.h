@@ -9,11 +9,11 @@
 
 namespace fastlstm {
 
-// Throws std::runtime_error (RuntimeError in Python) with the parts joined unless `condition` holds. A macro, so that the
-// parts are not evaluated when it does: a step of streaming inference passes dozens of checks.
-#define FASTLSTM_CHECK(condition, ...)                          \
-  do {                                                          \
-    if (!(condition)) ::fastlstm::throw_joined(__VA_ARGS__);    \
+// Throws std::runtime_error (RuntimeError in Python) with the parts joined unless `condition` holds. A macro, so that
+// the parts are not evaluated when it does: a step of streaming inference passes dozens of checks.
+#define FASTLSTM_CHECK(condition, ...)                       \
+  do {                                                       \
+    if (!(condition)) ::fastlstm::throw_joined(__VA_ARGS__); \
   } while (false)
 
 template <class... Parts>
@@ -38,7 +38,8 @@ std::string shape_text(const Sizes& sizes) {
 
 // `tensor` has exactly these sizes; `symbols` says what they mean: "[L*D, B, H]".
 template <class Tensor>
-inline void check_shape(const char* name, const char* symbols, const Tensor& tensor, std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* name, const char* symbols, const Tensor& tensor,
+                        std::initializer_list<int64_t> expected) {
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == expected.size();
   for (size_t d = 0; same && d < expected.size(); ++d) same = sizes[d] == expected.begin()[d];

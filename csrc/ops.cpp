@@ -5,13 +5,13 @@
 //   x            [T, B, I], or [N, I] with batch_sizes (int64 [T] on the CPU, non-increasing, as in a PackedSequence)
 //   weights      per layer, then direction: W_ih [4H, I_l], W_hh [4H, P], [b_ih, b_hh [4H]], [W_hr [P, H]]
 //   h_0, c_0     [L*D, B, P], [L*D, B, H]; there is a W_hr exactly where P != H
-//   dropout_mask [L-1, T, B, D*P] (or [L-1, N, D*P]): factors on the outputs of layers 0 ... L-2 as the next layer reads them
-//   save         whether to keep what lstm_backward needs
+//   dropout_mask [L-1, T, B, D*P] (or [L-1, N, D*P]): factors on the outputs of layers 0 ... L-2 as the next layer
+//   reads them save         whether to keep what lstm_backward needs
 // Returns y [T, B, D*P] (or [N, D*P]), h_n, c_n, and with `save` gates [L*D, N, 4H] (activations i, f, g, o), cells
 // [L*D, N, H] and layer_outputs [L-1, N, D*P] in the compute type (float32 below float64), else three empty tensors.
 //
-// lstm_backward returns d_x, d_h_0, d_c_0 and one gradient per weight; what `needs` marks with 0 comes back empty. `needs`
-// has an entry for x, one for the states, then one per weight.
+// lstm_backward returns d_x, d_h_0, d_c_0 and one gradient per weight; what `needs` marks with 0 comes back empty.
+// `needs` has an entry for x, one for the states, then one per weight.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastlstm, m) {

@@ -12,7 +12,7 @@ namespace {
 // The cost model's constants, in core cycles. They rank candidates; they need not predict times.
 // Fitted on two cores of an AMD EPYC 7003 (AVX2, 512 KB L2) with torch 2.13.
 namespace cost {
-constexpr double kForkJoin = 6000;         // torch's parallel_for, both threads awake
+constexpr double kForkJoin = 8000;         // torch's parallel_for, both threads awake
 constexpr double kLibraryCall = 4000;      // one small GEMM through aten
 constexpr double kLibraryRate = 0.85;      // of the FMA peak: a library GEMM with many rows ...
 constexpr double kLibraryStepRate = 0.55;  // ... with as many as a batch ...
@@ -21,8 +21,9 @@ constexpr double kTileRate = 0.90;         // packed register tiles of 4 to 6 ro
 constexpr double kNarrowTileRate = 0.70;   // packed register tiles of 1 to 3 rows
 constexpr double kDotRate = 0.60;          // dot products of infinite length; each ends in a sum over lanes ...
 constexpr double kDotOverhead = 64;        // ... that costs as much as this many more terms
-constexpr double kL2Bytes = 20;            // bytes per cycle and core from L2 ...
+constexpr double kL2Bytes = 15;            // bytes per cycle and core from L2 ...
 constexpr double kL3Bytes = 10;            // ... and from L3
+constexpr double kHidden = 0.2;            // part of the smaller of (multiply, read) that the larger does not hide
 constexpr double kPackPerElement = 1.2;    // transposing
 constexpr double kCopyPerElement = 0.4;    // packing a matrix that is already k-major
 constexpr double kCellPerVector = 60;      // one vector of units of one row: five exponentials and as many divisions
@@ -64,8 +65,9 @@ Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) 
 double step_cycles(const Share& share, double K, double rate, const Problem& p, const Machine& m) {
   const double multiply = share.rows * share.units * 4 * K / (peak(p, m) * rate);
   const double bytes = share.units * 4 * K * p.compute_bytes;
-  const double passes = std::ceil(share.rows / 48);  // the kernels re-read their weights for each chunk of rows
-  return std::max(multiply, passes * read_cycles(bytes, bytes, m)) +
+  const double passes = std::ceil(share.rows / 96);  // the kernels re-read their weights for each chunk of rows
+  const double read = passes * read_cycles(bytes, bytes, m);
+  return std::max(multiply, read) + cost::kHidden * std::min(multiply, read) +
          share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
 }
 
@@ -79,7 +81,8 @@ double library_cycles(double rows, double K, double columns, const Problem& p, c
   const double rate = rows >= 64 ? cost::kLibraryRate : rows >= 8 ? cost::kLibraryStepRate : cost::kLibraryFewRate;
   const double bytes = K * columns * static_cast<double>(p.compute_bytes);
   const double readers = rows >= 8 ? m.threads : 1;  // matrix-vector products run on one thread
-  return std::max(rows * K * columns / (m.threads * peak(p, m) * rate), read_cycles(bytes / readers, bytes / readers, m)) +
+  return std::max(rows * K * columns / (m.threads * peak(p, m) * rate),
+                  read_cycles(bytes / readers, bytes / readers, m)) +
          cost::kLibraryCall;
 }
 
@@ -87,7 +90,8 @@ double library_cycles(double rows, double K, double columns, const Problem& p, c
 double library_step_cycles(const Shape& s, const Problem& p, const Machine& m) {
   double step = library_cycles(s.rows, s.P, 4 * s.H, p, m);
   if (p.P > 0) step += library_cycles(s.rows, s.H, s.P, p, m);
-  const double cell = s.rows * s.H / lanes(p, m) * cost::kCellPerVector / std::min<double>(m.threads, std::max(s.rows, 1.0));
+  const double cell =
+      s.rows * s.H / lanes(p, m) * cost::kCellPerVector / std::min<double>(m.threads, std::max(s.rows, 1.0));
   return static_cast<double>(p.directions) * (step + cell) + cost::kForkJoin;
 }
 
@@ -99,9 +103,11 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
-  double total = s.steps * step_cycles(share, K, product_rate(c.family, share.rows, K), p, m) + (c.bulk_input ? bulk : 0);
+  double total =
+      s.steps * step_cycles(share, K, product_rate(c.family, share.rows, K), p, m) + (c.bulk_input ? bulk : 0);
   if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 2 : 1);
-  if (c.family == Family::kPacked) total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
+  if (c.family == Family::kPacked)
+    total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
   return total;
 }
 
@@ -116,12 +122,13 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
 
 // The limits of the families: the only place that states them.
 std::vector<Candidate> candidates(const Problem& p, bool backward) {
-  std::vector<Candidate> all = {{Family::kStepwise, Split::kRows, true}};
+  std::vector<Candidate> all = {{Family::kStepwise, Split::kRows, !backward}};
   for (const Split split : {Split::kRows, Split::kUnits}) {
+    all.push_back({Family::kPacked, split, false});
+    if (backward) continue;
     all.push_back({Family::kPacked, split, true});
-    if (!backward) all.push_back({Family::kPacked, split, false});
     // Dot products need h as a row of P values in y and have no projection of their own; their backward is packed's.
-    if (!backward && p.P == 0) {
+    if (p.P == 0) {
       all.push_back({Family::kUnpacked, split, false});
       all.push_back({Family::kUnpacked, split, true});
     }
@@ -129,24 +136,34 @@ std::vector<Candidate> candidates(const Problem& p, bool backward) {
   return all;
 }
 
-// The cheapest candidate of the forced family, or of all where none is forced.
-PassPlan choose(const Problem& p, const Machine& m, std::optional<Family> forced, bool backward) {
+bool allowed(const Candidate& c, const Constraints& constraints) {
+  return c.family == constraints.family.value_or(c.family) && c.split == constraints.split.value_or(c.split) &&
+         c.bulk_input == constraints.bulk_input.value_or(c.bulk_input);
+}
+
+// The cheapest candidate within the constraints.
+PassPlan choose(const Problem& p, const Machine& m, const Constraints& constraints, bool backward) {
   // Later layers read D * P features: the plan is for the stack, so sizes are averaged over layers.
-  const double input = (static_cast<double>(p.I) + static_cast<double>((p.layers - 1) * p.directions * p.output_size())) /
-                       static_cast<double>(p.layers);
-  const Shape shape = {p.T > 0 ? static_cast<double>(p.N) / static_cast<double>(p.T) : 0, static_cast<double>(p.T), input,
-                       static_cast<double>(p.H), static_cast<double>(p.output_size())};
+  const double input =
+      (static_cast<double>(p.I) + static_cast<double>((p.layers - 1) * p.directions * p.output_size())) /
+      static_cast<double>(p.layers);
+  const Shape shape = {p.T > 0 ? static_cast<double>(p.N) / static_cast<double>(p.T) : 0, static_cast<double>(p.T),
+                       input, static_cast<double>(p.H), static_cast<double>(p.output_size())};
   std::optional<PassPlan> best;
   for (const Candidate& c : candidates(p, backward)) {
-    if (forced && c.family != *forced) continue;
-    const double cycles = static_cast<double>(p.layers) *
-                          (backward ? backward_cycles(c, shape, p, m) : forward_cycles(c, shape, p, m));
+    if (!allowed(c, constraints)) continue;
+    const double cycles =
+        static_cast<double>(p.layers) * (backward ? backward_cycles(c, shape, p, m) : forward_cycles(c, shape, p, m));
     if (!best || cycles < best->cycles) best = PassPlan{c.family, c.split, c.bulk_input, cycles};
   }
-  if (!best)
-    throw std::invalid_argument(std::string("plan '") + family_name(*forced) +
-                                "' cannot run this problem: it does not support proj_size > 0");
-  return *best;
+  if (best) return *best;
+  std::ostringstream message;
+  message << "the forced plan cannot run this problem: ";
+  if (constraints.family == Family::kUnpacked && p.P > 0)
+    message << "'unpacked' does not support proj_size > 0";
+  else
+    message << "'stepwise' has no variant but split='rows' with bulk_input=True";
+  throw std::invalid_argument(message.str());
 }
 
 }  // namespace
@@ -163,20 +180,25 @@ const char* split_name(Split split) { return split == Split::kRows ? "rows" : "u
 
 std::vector<Family> families() { return {Family::kStepwise, Family::kPacked, Family::kUnpacked}; }
 
-PassPlan plan_forward(const Problem& problem, const Machine& machine, std::optional<Family> forced) {
-  return choose(problem, machine, forced, false);
+std::vector<Split> splits() { return {Split::kRows, Split::kUnits}; }
+
+PassPlan plan_forward(const Problem& problem, const Machine& machine, const Constraints& constraints) {
+  return choose(problem, machine, constraints, false);
 }
 
-PassPlan plan_backward(const Problem& problem, const Machine& machine, std::optional<Family> forced) {
-  if (forced == Family::kUnpacked) forced.reset();
-  return choose(problem, machine, forced, true);
+PassPlan plan_backward(const Problem& problem, const Machine& machine, const Constraints& constraints) {
+  Constraints backward = constraints;
+  backward.bulk_input.reset();  // says nothing about a backward pass
+  if (backward.family == Family::kUnpacked) backward.family.reset();
+  return choose(problem, machine, backward, true);
 }
 
-Plan make_plan(const Problem& problem, const Machine& machine, std::optional<Family> forced) {
-  Plan plan = {plan_forward(problem, machine, forced), std::nullopt, {}};
-  if (problem.training) plan.backward = plan_backward(problem, machine, forced);
+Plan make_plan(const Problem& problem, const Machine& machine, const Constraints& constraints) {
+  Plan plan = {plan_forward(problem, machine, constraints), std::nullopt, {}};
+  if (problem.training) plan.backward = plan_backward(problem, machine, constraints);
+  const bool free = !constraints.family && !constraints.split && !constraints.bulk_input;
   std::ostringstream reason;
-  reason << (forced ? "forced family, cheapest of its variants" : "cheapest of all legal variants") << ": forward "
+  reason << (free ? "cheapest of all legal variants" : "cheapest of what is forced") << ": forward "
          << std::llround(plan.forward.cycles / 1000) << "k cycles estimated";
   if (plan.backward) reason << ", backward recurrence " << std::llround(plan.backward->cycles / 1000) << "k";
   plan.reason = reason.str();

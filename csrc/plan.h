@@ -1,6 +1,6 @@
 // How a problem is computed, as data. Every heuristic of the library is in plan.cpp; kernels and drivers only obey.
 //
-// The functions here are pure functions of (problem, machine, what the user forced): they list the legal candidates,
+// The functions here are pure functions of (problem, machine, constraints): they list the legal candidates,
 // estimate the cycles of each and take the cheapest. `fastlstm.plan` and the benchmarks print the result.
 #pragma once
 
@@ -27,9 +27,16 @@ enum class Split {
 
 struct Machine {
   int threads;
-  int vector_bytes;     // of the instruction set that will run
+  int vector_bytes;  // of the instruction set that will run
   bool fma;
-  int64_t l2_bytes;     // per core
+  int64_t l2_bytes;  // per core
+};
+
+// What the user has forced (`fastlstm.force`); the planner chooses the rest.
+struct Constraints {
+  std::optional<Family> family;
+  std::optional<Split> split;
+  std::optional<bool> bulk_input;
 };
 
 // One pass (forward or backward) of a plan.
@@ -49,13 +56,14 @@ struct Plan {
 const char* family_name(Family family);
 const char* split_name(Split split);
 std::vector<Family> families();
+std::vector<Split> splits();
 
-// Each throws std::invalid_argument when `forced` cannot run the problem. A forced family without a backward pass of its
-// own leaves the backward pass to the planner.
-PassPlan plan_forward(const Problem& problem, const Machine& machine, std::optional<Family> forced);
-PassPlan plan_backward(const Problem& problem, const Machine& machine, std::optional<Family> forced);
+// Each throws std::invalid_argument when nothing within the constraints can run the problem. A family without a
+// backward pass of its own leaves the family of the backward pass to the planner.
+PassPlan plan_forward(const Problem& problem, const Machine& machine, const Constraints& constraints);
+PassPlan plan_backward(const Problem& problem, const Machine& machine, const Constraints& constraints);
 
 // Both passes, with the reason in words.
-Plan make_plan(const Problem& problem, const Machine& machine, std::optional<Family> forced);
+Plan make_plan(const Problem& problem, const Machine& machine, const Constraints& constraints);
 
 }  // namespace fastlstm

@@ -1,18 +1,20 @@
 """The registered operators: fakes, autograd and autocast around the compiled kernels.
 
-The only user of ``torch.ops.fastlstm``. ``functional.py`` calls :func:`lstm` with checked arguments in the operator's
-layout; the schemas stand in ``csrc/ops.cpp``. One call is a whole stack, so that a kernel may overlap directions and
-layers and ``torch.compile`` sees one node.
+The only user of ``torch.ops.fastlstm``. ``functional.py`` calls :func:`lstm` with checked arguments in the
+operator's layout; the schemas stand in ``csrc/ops.cpp``. One call is a whole stack, so that a kernel may overlap
+directions and layers and ``torch.compile`` sees one node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlstm import _C, reference  # noqa: F401  (importing _C registers the operators)
+from fastlstm import _C as _C  # importing it registers the operators
+from fastlstm import reference
 
 _lstm = torch.ops.fastlstm.lstm.default
 _lstm_backward = torch.ops.fastlstm.lstm_backward.default
@@ -37,9 +39,7 @@ def lstm(
     save = torch.is_grad_enabled() and (
         x.requires_grad or h_0.requires_grad or c_0.requires_grad or any(w.requires_grad for w in weights)
     )
-    y, h_n, c_n, *_ = _lstm(
-        x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, save
-    )
+    y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, save)
     return y, h_n, c_n
 
 
@@ -47,8 +47,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.register_fake("fastlstm::lstm")
-def _(
+def _lstm_fake(
     x: Tensor,
     weights: list[Tensor],
     h_0: Tensor,
@@ -76,8 +75,7 @@ def _(
     return y, h_n, c_n, *(x.new_empty(shape, dtype=_compute_dtype(x.dtype)) for shape in saved_shapes)
 
 
-@torch.library.register_fake("fastlstm::lstm_backward")
-def _(
+def _lstm_backward_fake(
     d_y: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
@@ -110,14 +108,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.flags = flags
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gates, cells, layer_outputs)
-    ctx.save_for_backward(
-        x, h_0, c_0, y, gates, cells, layer_outputs, batch_sizes, dropout_mask, *weights
-    )
+    ctx.save_for_backward(x, h_0, c_0, y, gates, cells, layer_outputs, batch_sizes, dropout_mask, *weights)
 
 
 def _backward(ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, *_: None) -> tuple[Any, ...]:
     if not ctx.save:
-        raise RuntimeError("fastlstm::lstm was run with save=False, which keeps nothing for backward; pass save=True")
+        raise RuntimeError("fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True")
     x, h_0, c_0, y, gates, cells, layer_outputs, batch_sizes, dropout_mask, *weights = ctx.saved_tensors
     needs_x, needs_weights, needs_h_0, needs_c_0 = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # create_graph=True: a backward that can itself be differentiated
@@ -178,17 +174,8 @@ def _differentiable_backward(
     return d_x, d_h_0, d_c_0, d_weights
 
 
-torch.library.register_autograd("fastlstm::lstm", _backward, setup_context=_setup_context)
-
-
-def _register_autocast(device_type: str) -> None:
+def _autocast_kernel(device_type: str, exclude: torch._C.DispatchKeySet) -> Callable[..., Any]:
     """Under autocast the operator computes in, and returns, the low precision, as nn.LSTM does."""
-    key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
-    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        castable = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if tensor is not None and castable else tensor
 
     def kernel(
         x: Tensor,
@@ -200,16 +187,27 @@ def _register_autocast(device_type: str) -> None:
         *flags: Any,
     ) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            low_weights = [cast(w, dtype) for w in weights]
-            return _lstm(
-                cast(x, dtype), low_weights, cast(h_0, dtype), cast(c_0, dtype), batch_sizes,
-                cast(dropout_mask, dtype), *flags,
-            )  # fmt: skip
+            mask = None if dropout_mask is None else cast(dropout_mask)
+            return _lstm(cast(x), [cast(w) for w in weights], cast(h_0), cast(c_0), batch_sizes, mask, *flags)
 
-    _library.impl("lstm", kernel, key)
+    return kernel
 
 
-_library = torch.library.Library("fastlstm", "IMPL")
-for _device_type in ("cpu", "cuda"):
-    _register_autocast(_device_type)
+def _register() -> torch.library.Library:
+    torch.library.register_fake("fastlstm::lstm", _lstm_fake)
+    torch.library.register_fake("fastlstm::lstm_backward", _lstm_backward_fake)
+    torch.library.register_autograd("fastlstm::lstm", _backward, setup_context=_setup_context)
+    library = torch.library.Library("fastlstm", "IMPL")  # type: ignore[no-untyped-call]
+    for device_type in ("cpu", "cuda"):
+        key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
+        exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        library.impl("lstm", _autocast_kernel(device_type, exclude), key)  # type: ignore[no-untyped-call]
+    return library
+
+
+_library = _register()  # registrations live as long as this object

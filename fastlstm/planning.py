@@ -1,7 +1,7 @@
 """What the planner decides, made visible, and how to overrule it: plan, force, build_info.
 
-Users ask ``fastlstm.plan`` why a shape is fast or slow; tests and benchmarks force every kernel family and instruction
-set through ``fastlstm.force``. The decisions themselves are made in ``csrc/plan.cpp``.
+Users ask ``fastlstm.plan`` why a shape is fast or slow; tests and benchmarks force every kernel family and
+instruction set through ``fastlstm.force``. The decisions themselves are made in ``csrc/plan.cpp``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from fastlstm import _C
 class Plan:
     """How one call is computed.
 
-    ``forward`` and ``backward`` name kernel families (``backward`` is None without training). ``forward_split`` and
-    ``backward_split`` say what threads divide: ``"rows"`` of the batch (no synchronisation) or hidden ``"units"`` (one
-    per step). ``bulk_input``: x W_ih^T is one GEMM over all steps, not part of each step.
+    ``forward`` and ``backward`` name kernel families (``backward`` is None without training).
+    ``forward_split`` and ``backward_split`` say what threads divide: ``"rows"`` of the batch (no
+    synchronisation) or hidden ``"units"`` (one per step). ``bulk_input``: x W_ih^T is one GEMM over all
+    steps, not part of each step.
     """
 
     forward: str
@@ -78,7 +79,7 @@ def plan(
     if module is not None:
         I, H, P, L = module.input_size, module.hidden_size, module.proj_size, module.num_layers  # noqa: E741
         D = 2 if module.bidirectional else 1
-        dtype = module.weight_ih_l0.dtype
+        dtype = next(module.parameters()).dtype
     if I is None or H is None:
         raise ValueError("plan needs a module, or I and H")
     for name, value in {"T": T, "B": B, "I": I, "H": H, "L": L}.items():
@@ -125,20 +126,28 @@ def available_isas() -> list[str]:
 
 
 @contextlib.contextmanager
-def force(plan: str | None = None, isa: str | None = None) -> Iterator[None]:
+def force(
+    plan: str | None = None,
+    isa: str | None = None,
+    *,
+    split: str | None = None,
+    bulk_input: bool | None = None,
+) -> Iterator[None]:
     """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
 
     Args:
-        plan: a family of :func:`plans`, or None for the planner's choice. ``"unpacked"`` has no backward of its own: the
-            planner chooses that.
+        plan: a family of :func:`plans`, or None for the planner's choice. ``"unpacked"`` has no backward of its
+            own: the planner chooses that.
         isa: an instruction set of :func:`available_isas`, or None for the best.
+        split: what threads divide in both passes, ``"rows"`` or ``"units"`` (see :class:`Plan`), or None.
+        bulk_input: whether the input product is one GEMM over all steps, or None.
 
     Raises:
-        ValueError: the name is unknown, or this CPU lacks the instruction set. A forced family that cannot run a problem
-            raises when the problem comes.
+        ValueError: the name is unknown, or this CPU lacks the instruction set. A forced plan that cannot run a
+            problem raises when the problem comes.
     """
     before = _C.get_forced()
-    _C.set_forced(plan, isa)
+    _C.set_forced(plan, isa, split, bulk_input)
     try:
         yield
     finally:

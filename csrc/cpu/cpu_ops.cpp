@@ -1,7 +1,7 @@
 // The operators on the CPU: tensors in, checks, conversion to the compute type, one call of the driver, tensors out.
 //
-// float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit: inside a
-// stack nothing is rounded to 16 bits, so results are closer to exact than a step-by-step 16-bit LSTM's.
+// float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit: inside
+// a stack nothing is rounded to 16 bits, so results are closer to exact than a step-by-step 16-bit LSTM's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,7 +31,6 @@ const char* dtype_name(ScalarType type) {
     default: return "a type other than float32, float64, bfloat16 or float16";
   }
 }
-
 
 // Contiguous and of the given type; the tensor itself where it already is.
 Tensor as(const Tensor& tensor, ScalarType type) {
@@ -69,8 +68,8 @@ Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tenso
   p.training = training;
   a.packed = batch_sizes.has_value();
   FASTLSTM_CHECK(num_layers > 0, "num_layers must be positive, got ", num_layers);
-  FASTLSTM_CHECK(x.dim() == (a.packed ? 2 : 3), "x must be ", a.packed ? "[N, I] with batch_sizes" : "[T, B, I]", ", got ",
-        shape_text(x.sizes()));
+  FASTLSTM_CHECK(x.dim() == (a.packed ? 2 : 3), "x must be ", a.packed ? "[N, I] with batch_sizes" : "[T, B, I]",
+                 ", got ", shape_text(x.sizes()));
   FASTLSTM_CHECK(h_0.dim() == 3, "h_0 must be [L*D, B, P], got ", shape_text(h_0.sizes()));
   FASTLSTM_CHECK(c_0.dim() == 3, "c_0 must be [L*D, B, H], got ", shape_text(c_0.sizes()));
   const int64_t states = p.layers * p.directions, out = h_0.size(2);
@@ -84,15 +83,17 @@ Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tenso
 
   if (a.packed) {
     FASTLSTM_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_cpu() &&
-              batch_sizes->is_contiguous(),
-          "batch_sizes must be a contiguous int64 vector on the CPU, got shape ", shape_text(batch_sizes->sizes()));
+                       batch_sizes->is_contiguous(),
+                   "batch_sizes must be a contiguous int64 vector on the CPU, got shape ",
+                   shape_text(batch_sizes->sizes()));
     const auto* sizes = static_cast<const int64_t*>(batch_sizes->data_ptr());
     p.T = batch_sizes->size(0);
-    FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ", p.T ? sizes[0] : 0);
+    FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ",
+                   p.T ? sizes[0] : 0);
     a.schedule.offsets = {0};
     for (int64_t t = 0; t < p.T; ++t) {
       FASTLSTM_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
-            "batch_sizes must be positive and non-increasing, got ", sizes[t], " at step ", t);
+                     "batch_sizes must be positive and non-increasing, got ", sizes[t], " at step ", t);
       a.schedule.offsets.push_back(a.schedule.offsets.back() + sizes[t]);
     }
     p.N = a.schedule.rows();
@@ -107,20 +108,21 @@ Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tenso
 
   a.type = x.scalar_type();
   FASTLSTM_CHECK(a.type == ScalarType::Float || a.type == ScalarType::Double || a.type == ScalarType::BFloat16 ||
-            a.type == ScalarType::Half,
-        "x must be float32, float64, bfloat16 or float16, got ", dtype_name(a.type));
+                     a.type == ScalarType::Half,
+                 "x must be float32, float64, bfloat16 or float16, got ", dtype_name(a.type));
   a.compute_type = a.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   p.compute_bytes = a.compute_type == ScalarType::Double ? 8 : 4;
   const auto check_type = [&](const char* name, const Tensor& t) {
     FASTLSTM_CHECK(t.scalar_type() == a.type, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
-          dtype_name(t.scalar_type()));
+                   dtype_name(t.scalar_type()));
   };
   check_type("h_0", h_0);
   check_type("c_0", c_0);
 
   a.per_direction = 2 + (has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
-  FASTLSTM_CHECK(static_cast<int64_t>(weights.size()) == states * a.per_direction, "weights must be ", states, " * ", a.per_direction,
-        " tensors (L*D times W_ih, W_hh", has_bias ? ", b_ih, b_hh" : "", p.P > 0 ? ", W_hr" : "", "), got ", weights.size());
+  FASTLSTM_CHECK(static_cast<int64_t>(weights.size()) == states * a.per_direction, "weights must be ", states, " * ",
+                 a.per_direction, " tensors (L*D times W_ih, W_hh", has_bias ? ", b_ih, b_hh" : "",
+                 p.P > 0 ? ", W_hr" : "", "), got ", weights.size());
   for (int64_t i = 0; i < states; ++i) {
     const Tensor* w = weights.data() + i * a.per_direction;
     for (int64_t j = 0; j < a.per_direction; ++j) check_type("every weight", w[j]);
@@ -188,14 +190,14 @@ ForwardResult forward(const Arguments& a, const Tensor& x, const std::vector<Ten
     stack.gates = data<T>(gates);
     stack.cells = data<T>(cells);
     stack.layer_outputs = data<T>(layer_outputs);
-    run_forward(stack, plan_forward(p, this_machine(thread_count()), forced().family));
+    run_forward(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
   }
   return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), gates, cells, layer_outputs};
 }
 
 ForwardResult lstm(const Tensor x, const std::vector<Tensor> weights, const Tensor h_0, const Tensor c_0,
-                   const std::optional<Tensor> batch_sizes, const std::optional<Tensor> dropout_mask, int64_t num_layers,
-                   bool bidirectional, bool has_bias, bool save) {
+                   const std::optional<Tensor> batch_sizes, const std::optional<Tensor> dropout_mask,
+                   int64_t num_layers, bool bidirectional, bool has_bias, bool save) {
   const Arguments a = parse(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, save);
   const auto run = a.compute_type == ScalarType::Double ? forward<double> : forward<float>;
   return run(a, x, weights, h_0, c_0, dropout_mask, has_bias);
@@ -211,9 +213,10 @@ struct OutputGradients {
 };
 
 template <class T>
-BackwardResult backward(const Arguments& a, const OutputGradients& d, const Tensor& x, const std::vector<Tensor>& weights,
-                        const Tensor& h_0, const Tensor& c_0, const SavedForBackward& saved,
-                        const std::optional<Tensor>& dropout_mask, bool has_bias, const std::vector<int64_t>& needs) {
+BackwardResult backward(const Arguments& a, const OutputGradients& d, const Tensor& x,
+                        const std::vector<Tensor>& weights, const Tensor& h_0, const Tensor& c_0,
+                        const SavedForBackward& saved, const std::optional<Tensor>& dropout_mask, bool has_bias,
+                        const std::vector<int64_t>& needs) {
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, out = p.output_size();
   // Gradients start as the incoming one where the driver updates in place (states), else uninitialised.
@@ -256,7 +259,7 @@ BackwardResult backward(const Arguments& a, const OutputGradients& d, const Tens
       if (p.P > 0) w.w_hr = data<T>(d_weights[i + a.per_direction - 1]);
       stack.d_weights.push_back(w);
     }
-    run_backward(stack, plan_backward(p, this_machine(thread_count()), forced().family));
+    run_backward(stack, plan_backward(p, this_machine(thread_count()), forced().plan));
   } else {
     for (Tensor& t : d_weights) torch::stable::zero_(t);  // a sum over no rows
   }
@@ -274,13 +277,14 @@ BackwardResult lstm_backward(const std::optional<Tensor> d_y, const std::optiona
   const Arguments a = parse(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, true);
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
-  FASTLSTM_CHECK(needs.size() == weights.size() + 2, "needs must have 2 + ", weights.size(), " entries, got ", needs.size());
+  FASTLSTM_CHECK(needs.size() == weights.size() + 2, "needs must have 2 + ", weights.size(), " entries, got ",
+                 needs.size());
   check_shape("gates", "[L*D, N, 4H] (was the forward pass run with save=True?)", gates, {states, p.N, kGates * p.H});
   check_shape("cells", "[L*D, N, H]", cells, {states, p.N, p.H});
   check_shape("layer_outputs", "[L-1, N, D*P]", layer_outputs, {p.layers - 1, p.N, width});
   for (const Tensor* t : {&gates, &cells, &layer_outputs})
     FASTLSTM_CHECK(t->scalar_type() == a.compute_type && t->is_contiguous(),
-          "gates, cells and layer_outputs must be passed as the forward pass returned them");
+                   "gates, cells and layer_outputs must be passed as the forward pass returned them");
   const auto check_output = [&](const char* name, const Tensor& t) {
     if (a.packed)
       check_shape(name, "[N, D*P]", t, {p.N, width});
@@ -292,7 +296,8 @@ BackwardResult lstm_backward(const std::optional<Tensor> d_y, const std::optiona
   if (d_h_n) check_shape("d_h_n", "[L*D, B, P]", *d_h_n, {states, p.B, p.output_size()});
   if (d_c_n) check_shape("d_c_n", "[L*D, B, H]", *d_c_n, {states, p.B, p.H});
   const auto run = a.compute_type == ScalarType::Double ? backward<double> : backward<float>;
-  return run(a, {d_y, d_h_n, d_c_n}, x, weights, h_0, c_0, {y, gates, cells, layer_outputs}, dropout_mask, has_bias, needs);
+  return run(a, {d_y, d_h_n, d_c_n}, x, weights, h_0, c_0, {y, gates, cells, layer_outputs}, dropout_mask, has_bias,
+             needs);
 }
 
 }  // namespace

@@ -17,14 +17,14 @@ std::vector<Isa> available_isas();  // compiled and supported by this CPU, best 
 
 // What `fastlstm.force` has set, for the whole process.
 struct Forced {
-  std::optional<Family> family;
+  Constraints plan;
   std::optional<Isa> isa;
 };
 Forced forced();
 void set_forced(const Forced& forced);
 
-Isa selected_isa();                      // the forced one, else the best available
-Machine this_machine(int threads);       // as the planner sees it, with selected_isa()
+Isa selected_isa();                 // the forced one, else the best available
+Machine this_machine(int threads);  // as the planner sees it, with selected_isa()
 
 // The kernels of one instruction set; T is float or double.
 template <class T>

@@ -1,12 +1,13 @@
-// What the recurrent CPU kernels compute, as plain structs of pointers, and the table of kernels of one instruction set.
+// What the recurrent CPU kernels compute, as plain structs of pointers, and the table of kernels of one instruction
+// set.
 //
-// recurrent.inl implements the table once; recurrent_{scalar,avx2,avx512}.cpp instantiate it. stack.cpp is the caller: it
-// allocates, fills a task per (layer, direction) and distributes rows or hidden units over threads. Kernels know nothing
-// of torch and of threads: each call works on a range of batch rows and a range of *panels* and may run beside any call
-// on another range of the same step.
+// recurrent.inl implements the table once; recurrent_{scalar,avx2,avx512}.cpp instantiate it. stack.cpp is the caller:
+// it allocates, fills a task per (layer, direction) and distributes rows or hidden units over threads. Kernels know
+// nothing of torch and of threads: each call works on a range of batch rows and a range of *panels* and may run beside
+// any call on another range of the same step.
 //
-// Rows. Inputs and outputs are [N, features]: the N = sum of batch_sizes rows of all steps, the rows of one step adjacent
-// (a dense [T, B, .] tensor is the special case where every step has B rows).
+// Rows. Inputs and outputs are [N, features]: the N = sum of batch_sizes rows of all steps, the rows of one step
+// adjacent (a dense [T, B, .] tensor is the special case where every step has B rows).
 //
 // Panels. A packed matrix is cut in panels of 2 * lanes output columns: [panel][K][2][lanes], zero-padded, so that a
 // register tile reads it front to back. For gates, panel 2u holds gates i and f and panel 2u+1 gates g and o of the
@@ -34,21 +35,21 @@ struct ForwardTask {
   bool reverse;  // steps run from the last to the first
   int64_t I, H, P;
 
-  const T* x;           // [N, I], contiguous
-  const T* gates_x;     // [N, 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates
-  const T* w_ih;        // [4H, I] as stored
-  const T* w_hh;        // [4H, P] as stored
-  const T* packed_ih;   // gate panels, K = I; null unless the packed family multiplies x itself
-  const T* packed_hh;   // gate panels, K = P; null unless the packed family runs
-  const T* packed_hr;   // column panels of W_hr^T, K = H; null without projection
-  const T* bias;        // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
-  const T* h_0;         // [B, P]
-  T* c;                 // [B, H], running cell state: c_0 on entry, c_n when all steps are done
-  T* hidden;            // [B, H], o * tanh(c) of the current step before projection; null without projection
-  T* y;                 // [N, y_stride], this direction's P columns
+  const T* x;          // [N, I], contiguous
+  const T* gates_x;    // [N, 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates
+  const T* w_ih;       // [4H, I] as stored
+  const T* w_hh;       // [4H, P] as stored
+  const T* packed_ih;  // gate panels, K = I; null unless the packed family multiplies x itself
+  const T* packed_hh;  // gate panels, K = P; null unless the packed family runs
+  const T* packed_hr;  // column panels of W_hr^T, K = H; null without projection
+  const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
+  const T* h_0;        // [B, P]
+  T* c;                // [B, H], running cell state: c_0 on entry, c_n when all steps are done
+  T* hidden;           // [B, H], o * tanh(c) of the current step before projection; null without projection
+  T* y;                // [N, y_stride], this direction's P columns
   int64_t y_stride;
-  T* gates;             // [N, 4H], activations saved for backward; null in inference
-  T* cells;             // [N, H], c_t saved for backward; null in inference
+  T* gates;  // [N, 4H], activations saved for backward; null in inference
+  T* cells;  // [N, H], c_t saved for backward; null in inference
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }
 };
@@ -61,19 +62,19 @@ struct BackwardTask {
   bool reverse;  // of the forward pass; backward runs the other way
   int64_t H, P;
 
-  const T* gates;       // [N, 4H], activations
-  const T* cells;       // [N, H]
-  const T* c_0;         // [B, H]
-  const T* packed_hh;   // column panels of W_hh, K = 4H, P columns; null in the stepwise family
-  const T* packed_hr;   // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
-  const T* d_y;         // [N, d_y_stride] this direction's P columns, or null: zero
+  const T* gates;      // [N, 4H], activations
+  const T* cells;      // [N, H]
+  const T* c_0;        // [B, H]
+  const T* packed_hh;  // column panels of W_hh, K = 4H, P columns; null in the stepwise family
+  const T* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
+  const T* d_y;        // [N, d_y_stride] this direction's P columns, or null: zero
   int64_t d_y_stride;
-  T* d_h;               // [B, P], gradient of h_t through step t+1: d_h_n on entry, d_h_0 on exit
-  T* d_c;               // [B, H], d_c_n on entry, d_c_0 on exit
-  T* d_projected;       // [N, P], whole gradient of h_t; null without projection
-  T* d_hidden;          // [B, H], gradient of o * tanh(c); null without projection
-  T* hidden;            // [N, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
-  T* d_gates;           // [N, 4H], out
+  T* d_h;          // [B, P], gradient of h_t through step t+1: d_h_n on entry, d_h_0 on exit
+  T* d_c;          // [B, H], d_c_n on entry, d_c_0 on exit
+  T* d_projected;  // [N, P], whole gradient of h_t; null without projection
+  T* d_hidden;     // [B, H], gradient of o * tanh(c); null without projection
+  T* hidden;       // [N, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
+  T* d_gates;      // [N, 4H], out
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }  // the step that made h_{t-1}
   int64_t next(int64_t t) const { return reverse ? t - 1 : t + 1; }
@@ -94,10 +95,10 @@ struct Kernels {
   int lanes;
 
   // Packing. Ranges are panels (gate panels: unit blocks), so that threads share the work.
-  void (*pack_gates)(const T* w, int64_t H, int64_t K, T* packed, Range blocks);                // w [4H, K]
-  void (*pack_columns)(const T* w, int64_t K, int64_t columns, T* packed, Range panels);        // w [K, columns]
-  void (*pack_transposed)(const T* w, int64_t K, int64_t columns, T* packed, Range panels);     // w [columns, K]
-  void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);                        // either may be null
+  void (*pack_gates)(const T* w, int64_t H, int64_t K, T* packed, Range blocks);             // w [4H, K]
+  void (*pack_columns)(const T* w, int64_t K, int64_t columns, T* packed, Range panels);     // w [K, columns]
+  void (*pack_transposed)(const T* w, int64_t K, int64_t columns, T* packed, Range panels);  // w [columns, K]
+  void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);                     // either may be null
 
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
   void (*forward_cells)(const ForwardTask<T>& task, GateProduct product, int64_t t, Range rows, Range blocks);
@@ -118,14 +119,20 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Column panels of a matrix with this many columns; unit blocks of H hidden units; elements of the packed forms.
 template <class T>
-int64_t column_panels(const Kernels<T>& k, int64_t columns) { return ceil_div(columns, 2 * k.lanes); }
+int64_t column_panels(const Kernels<T>& k, int64_t columns) {
+  return ceil_div(columns, 2 * k.lanes);
+}
 template <class T>
-int64_t unit_blocks(const Kernels<T>& k, int64_t H) { return ceil_div(H, k.lanes); }
+int64_t unit_blocks(const Kernels<T>& k, int64_t H) {
+  return ceil_div(H, k.lanes);
+}
 template <class T>
 int64_t packed_columns_size(const Kernels<T>& k, int64_t K, int64_t columns) {
   return column_panels(k, columns) * K * 2 * k.lanes;
 }
 template <class T>
-int64_t packed_gates_size(const Kernels<T>& k, int64_t H, int64_t K) { return unit_blocks(k, H) * K * 4 * k.lanes; }
+int64_t packed_gates_size(const Kernels<T>& k, int64_t H, int64_t K) {
+  return unit_blocks(k, H) * K * 4 * k.lanes;
+}
 
 }  // namespace fastlstm::cpu

@@ -1,14 +1,16 @@
 // The recurrent CPU kernels, written once. Included by recurrent_{scalar,avx2,avx512}.cpp inside the namespace of the
 // instruction set, which has set kVectorBytes, kAccumulators (vector registers a tile may use for sums) and fma().
 //
-// Order of summation: each output element is one chain over k in increasing order (packed) or `lanes` interleaved chains
-// over k added in a fixed order (unpacked), whatever the tile it falls in: the result of a row depends neither on the other
-// rows nor on how the work is split.
+// Order of summation: each output element is one chain over k in increasing order (packed) or `lanes` interleaved
+// chains over k added in a fixed order (unpacked), whatever the tile it falls in: the result of a row depends neither
+// on the other rows nor on how the work is split.
 
-constexpr int kTileRows = 6;      // batch rows of the largest register tile
-constexpr int kGroupPanels = 4;   // panels computed before the epilogue runs: two unit blocks
-constexpr int64_t kChunkRows = 48;  // rows whose products wait in the scratch buffer (48 * 8 vectors: 12 KB with AVX2)
-constexpr int64_t kDepth = 256;   // k-slice of a panel that stays in L1 while the row tiles pass over it (16 KB with AVX2)
+#include "vec.h"
+
+constexpr int kTileRows = 6;        // batch rows of the largest register tile
+constexpr int kGroupPanels = 4;     // panels computed before the epilogue runs: two unit blocks
+constexpr int64_t kChunkRows = 96;  // rows whose products wait in the scratch buffer (24 KB with AVX2)
+constexpr int64_t kDepth = 256;     // k-slice of a panel that stays in L1 under the row tiles (16 KB with AVX2)
 
 // Panels that a tile of this many rows processes at once: as many accumulators as registers allow, to hide FMA latency.
 constexpr int tile_panels(int rows) {
@@ -212,7 +214,8 @@ struct DotTile {
   T total(int r, int c) const { return sum_lanes<T>(sum[r][c]) + tail[r][c]; }
 };
 
-// Products of all gates of unit block `block` for kRows rows, h (and x where there is no gates_x) against stored weights.
+// Products of all gates of unit block `block` for kRows rows, h (and x where there is no gates_x) against stored
+// weights.
 template <class T, int kRows>
 void dot_block(const ForwardTask<T>& task, const T* h, int64_t h_stride, const T* x, int64_t block, T* out) {
   constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
@@ -231,7 +234,8 @@ void dot_block(const ForwardTask<T>& task, const T* h, int64_t h_stride, const T
     dots.add(h, h_stride, w_hh, task.P);
     for (int r = 0; r < kRows; ++r)
       for (int c = 0; c < kColumns; ++c)
-        if (unit + c / kGates < last) out[r * kRowStride + (c % kGates) * W + unit - first + c / kGates] = dots.total(r, c);
+        if (unit + c / kGates < last)
+          out[r * kRowStride + (c % kGates) * W + unit - first + c / kGates] = dots.total(r, c);
   }
 }
 
@@ -296,8 +300,11 @@ void forward_segment(const ForwardTask<T>& task, GateProduct product, int64_t t,
     for (int64_t group = blocks.begin; group < blocks.end; group += kGroupBlocks) {
       const int64_t group_blocks = std::min(kGroupBlocks, blocks.end - group);
       if (product == GateProduct::kPacked) {
-        if (x) multiply_panels(x, task.I, count, task.packed_ih + group * task.I * 4 * W, task.I, 2 * group_blocks, false, scratch);
-        multiply_panels(chunk_h, h_stride, count, task.packed_hh + group * task.P * 4 * W, task.P, 2 * group_blocks, x != nullptr, scratch);
+        if (x)
+          multiply_panels(x, task.I, count, task.packed_ih + group * task.I * 4 * W, task.I, 2 * group_blocks, false,
+                          scratch);
+        multiply_panels(chunk_h, h_stride, count, task.packed_hh + group * task.P * 4 * W, task.P, 2 * group_blocks,
+                        x != nullptr, scratch);
       }
       for (int64_t b = 0; b < group_blocks; ++b) {
         const int64_t block = group + b;
@@ -332,8 +339,8 @@ void forward_cells(const ForwardTask<T>& task, GateProduct product, int64_t t, R
 
 // out[row] = a[row] * panels for the given rows; columns beyond `columns` are padding and not written.
 template <class T>
-void multiply_rows(const T* a, int64_t a_stride, int64_t rows, const T* packed, int64_t K, int64_t columns, Range panels,
-                   T* out, int64_t out_stride) {
+void multiply_rows(const T* a, int64_t a_stride, int64_t rows, const T* packed, int64_t K, int64_t columns,
+                   Range panels, T* out, int64_t out_stride) {
   constexpr int W2 = 2 * kLanes<T>;
   if (rows <= 0) return;
   Scratch<T> scratch;
@@ -353,8 +360,8 @@ template <class T>
 void forward_project(const ForwardTask<T>& task, int64_t t, Range rows, Range panels) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   T* y = task.y + (task.schedule->offsets[t] + rows.begin) * task.y_stride;
-  multiply_rows(task.hidden + rows.begin * task.H, task.H, rows.end - rows.begin, task.packed_hr, task.H, task.P, panels,
-                y, task.y_stride);
+  multiply_rows(task.hidden + rows.begin * task.H, task.H, rows.end - rows.begin, task.packed_hr, task.H, task.P,
+                panels, y, task.y_stride);
 }
 
 // ---------------------------------------------------------------------------------------------- backward
@@ -387,7 +394,8 @@ void backward_project(const BackwardTask<T>& task, int64_t t, Range rows, Range 
 }
 
 template <class T, bool kTail>
-inline void backward_cell_of_units(const BackwardTask<T>& task, int64_t batch, int64_t row, const T* c_prev, int64_t unit) {
+inline void backward_cell_of_units(const BackwardTask<T>& task, int64_t batch, int64_t row, const T* c_prev,
+                                   int64_t unit) {
   const int64_t H = task.H, n = kTail ? H - unit : kLanes<T>;
   const auto get = [n](const T* p) { return kTail ? load_first(p, n) : load(p); };
   const auto put = [n](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
@@ -420,9 +428,9 @@ void backward_cells(const BackwardTask<T>& task, int64_t t, Range rows, Range pa
 
 template <class T>
 constexpr Kernels<T> kKernels = {
-    kLanes<T>,         pack_gates<T>,     pack_columns<T>,    pack_transposed<T>,    pack_bias<T>,
-    forward_cells<T>,  forward_project<T>, backward_recurrent<T>, backward_output<T>, backward_project<T>,
-    backward_cells<T>,
+    kLanes<T>,          pack_gates<T>,       pack_columns<T>,    pack_transposed<T>,
+    pack_bias<T>,       forward_cells<T>,    forward_project<T>, backward_recurrent<T>,
+    backward_output<T>, backward_project<T>, backward_cells<T>,
 };
 
 // The tables isa.cpp refers to. `extern` first: a const object would be local to this file otherwise.

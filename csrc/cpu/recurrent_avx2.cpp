@@ -21,7 +21,6 @@ constexpr int kAccumulators = 12;  // of 16 registers; the tile also holds its b
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 
-#include "vec.h"
 #include "recurrent.inl"
 
 }  // namespace fastlstm::cpu::avx2

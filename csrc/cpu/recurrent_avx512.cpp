@@ -1,5 +1,5 @@
-// The recurrent kernels for AVX-512 (F, VL, DQ, BW). Standard headers come before the target switch, so that no inline function
-// of theirs is compiled for AVX-512 and then linked into code for older CPUs.
+// The recurrent kernels for AVX-512 (F, VL, DQ, BW). Standard headers come before the target switch, so that no inline
+// function of theirs is compiled for AVX-512 and then linked into code for older CPUs.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -21,7 +21,6 @@ constexpr int kAccumulators = 24;  // of 32 registers
 inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 
-#include "vec.h"
 #include "recurrent.inl"
 
 }  // namespace fastlstm::cpu::avx512

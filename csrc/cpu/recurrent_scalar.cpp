@@ -16,7 +16,6 @@ inline V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-#include "vec.h"
 #include "recurrent.inl"
 
 }  // namespace fastlstm::cpu::scalar

@@ -35,8 +35,9 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return Tensor(handle);
 }
 
@@ -74,9 +75,9 @@ Matrix<T> dense(T* data, int64_t rows, int64_t columns) {
 
 template <class T>
 Tensor as_tensor(const Matrix<T>& m) {
-  return torch::stable::from_blob(const_cast<std::remove_const_t<T>*>(m.data), {m.rows, m.columns},
-                                  {m.row_stride, m.column_stride}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  kScalarType<std::remove_const_t<T>>);
+  return torch::stable::from_blob(
+      const_cast<std::remove_const_t<T>*>(m.data), {m.rows, m.columns}, {m.row_stride, m.column_stride},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalarType<std::remove_const_t<T>>);
 }
 
 // out = a b, or out += a b. Any of the sizes may be zero.

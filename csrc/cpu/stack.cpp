@@ -122,13 +122,14 @@ void forward_stepwise(const ForwardTask<T>& task, T* gates_x, const T* w_hr, con
     if (running > 0)
       matmul<T>(gates.rows_from(0, running),
                 {task.y + schedule.offsets[previous] * task.y_stride, running, task.P, task.y_stride}, w_hh, true);
-    matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P), w_hh, true);
+    matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P),
+              w_hh, true);
     parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
       k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks});
     });
     if (task.hidden)
-      matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride}, dense<const T>(task.hidden, rows, task.H),
-                dense(w_hr, task.P, task.H).transposed());
+      matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride},
+                dense<const T>(task.hidden, rows, task.H), dense(w_hr, task.P, task.H).transposed());
   }
 }
 
@@ -172,7 +173,7 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
   const T* input = stack.x;
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     const int64_t I = stack.input_size(layer);
-    T* output = layer == inner_layers  ? stack.y
+    T* output = layer == inner_layers ? stack.y
                 : stack.layer_outputs ? stack.layer_outputs + layer * N * width
                                       : outputs.data() + layer % 2 * N * width;
     std::vector<ForwardTask<T>> tasks;
@@ -291,7 +292,8 @@ void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, c
   const int64_t columns = kGates * task.H, panels = column_panels(k, task.H);
   const auto recurrent = [&](int64_t t) {
     const int64_t rows = schedule.active(t);
-    matmul<T>(dense(task.d_h, rows, task.P), dense<const T>(task.d_gates + schedule.offsets[t] * columns, rows, columns),
+    matmul<T>(dense(task.d_h, rows, task.P),
+              dense<const T>(task.d_gates + schedule.offsets[t] * columns, rows, columns),
               dense(w.w_hh, columns, task.P));
   };
   for (int64_t s = 0; s < schedule.steps(); ++s) {
@@ -300,7 +302,8 @@ void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, c
     if (task.d_hidden) {
       k.backward_output(task, t, {0, rows});
       matmul<T>(dense(task.d_hidden, rows, task.H),
-                dense<const T>(task.d_projected + schedule.offsets[t] * task.P, rows, task.P), dense(w.w_hr, task.P, task.H));
+                dense<const T>(task.d_projected + schedule.offsets[t] * task.P, rows, task.P),
+                dense(w.w_hr, task.P, task.H));
     }
     parallel(rows, kElementwiseGrain / columns + 1,
              [&](int64_t begin, int64_t end) { k.backward_cells(task, t, {begin, end}, {0, panels}); });
@@ -315,8 +318,8 @@ void gather_previous(const BackwardTask<T>& task, const T* y, int64_t y_stride, 
   for (int64_t t = 0; t < schedule.steps(); ++t) {
     const int64_t previous = task.previous(t);
     for (int64_t b = 0; b < schedule.active(t); ++b)
-      std::copy_n(b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride : h_0 + b * task.P, task.P,
-                  out + (schedule.offsets[t] + b) * task.P);
+      std::copy_n(b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride : h_0 + b * task.P,
+                  task.P, out + (schedule.offsets[t] + b) * task.P);
   }
 }
 
@@ -337,7 +340,8 @@ void recurrent_weight_gradient(const BackwardTask<T>& task, const T* y, int64_t 
   const int64_t first_step = task.reverse ? N - B : 0, others = task.reverse ? 0 : B, before = task.reverse ? B : 0;
   matmul<T>(out, d_gates.rows_from(first_step, B).transposed(), dense(h_0, B, task.P));
   if (N > B)
-    matmul<T>(out, d_gates.rows_from(others, N - B).transposed(), {y + before * y_stride, N - B, task.P, y_stride}, true);
+    matmul<T>(out, d_gates.rows_from(others, N - B).transposed(), {y + before * y_stride, N - B, task.P, y_stride},
+              true);
 }
 
 }  // namespace
@@ -352,7 +356,8 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
   const Buffer<T> d_gates(p.directions * N * columns);
   const Buffer<T> d_projected(projected ? p.directions * N * P : 0), hidden(projected ? p.directions * N * H : 0);
   const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
-  const int64_t hh_size = packed ? packed_columns_size(k, columns, P) : 0;
+  const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
+  const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
   const Buffer<T> packs(p.directions * (hh_size + hr_size));
   const Buffer<T> d_outputs(inner ? 2 * N * width : 0);  // gradients of the lower layers' outputs, two in turn

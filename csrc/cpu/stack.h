@@ -1,7 +1,7 @@
 // The driver of the CPU kernels: runs a whole stack (layers x directions), forward or backward, as a plan says.
 //
-// Called by cpu_ops.cpp with plain pointers. All tensors are contiguous; T is the compute type (float or double). Weights
-// come per layer, then per direction, in nn.LSTM's order.
+// Called by cpu_ops.cpp with plain pointers. All tensors are contiguous; T is the compute type (float or double).
+// Weights come per layer, then per direction, in nn.LSTM's order.
 #pragma once
 
 #include <vector>
@@ -28,11 +28,11 @@ struct StackInputs {
   const Problem* problem;
   const Schedule* schedule;
   const Kernels<T>* kernels;
-  const T* x;                              // [N, I]
-  std::vector<Weights<const T>> weights;   // [L * D]
-  const T* h_0;                            // [L*D, B, P]
-  const T* c_0;                            // [L*D, B, H]
-  const T* dropout_mask;                   // [L-1, N, D*P], factors on the input of layer l+1; or null
+  const T* x;                             // [N, I]
+  std::vector<Weights<const T>> weights;  // [L * D]
+  const T* h_0;                           // [L*D, B, P]
+  const T* c_0;                           // [L*D, B, H]
+  const T* dropout_mask;                  // [L-1, N, D*P], factors on the input of layer l+1; or null
 
   int64_t input_size(int64_t layer) const {
     return layer == 0 ? problem->I : problem->directions * problem->output_size();
@@ -51,14 +51,14 @@ struct StackForward : StackInputs<T> {
 
 template <class T>
 struct StackBackward : StackInputs<T> {
-  const T* y;              // as the forward pass made them
+  const T* y;  // as the forward pass made them
   const T* gates;
   const T* cells;
   const T* layer_outputs;
-  const T* d_y;            // [N, D*P], or null: zero
-  T* d_x;                  // [N, I], or null: not needed
-  T* d_h;                  // [L*D, B, P]: d_h_n on entry, d_h_0 on exit
-  T* d_c;                  // [L*D, B, H]: d_c_n on entry, d_c_0 on exit
+  const T* d_y;  // [N, D*P], or null: zero
+  T* d_x;        // [N, I], or null: not needed
+  T* d_h;        // [L*D, B, P]: d_h_n on entry, d_h_0 on exit
+  T* d_c;        // [L*D, B, H]: d_c_n on entry, d_c_0 on exit
   bool needs_d_h_0;
   std::vector<Weights<T>> d_weights;  // [L * D], null where not needed
 };

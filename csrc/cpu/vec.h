@@ -1,8 +1,8 @@
 // SIMD vectors and the functions the cell needs, written once for every instruction set.
 //
 // Included by recurrent.inl inside the namespace of one instruction set, after kVectorBytes and fma() have been defined
-// there. Vectors are the compiler's own (GCC and Clang vector extensions), so the operators + - * / and comparisons work
-// on them and any target the compiler knows (SSE2, AVX2, AVX-512, NEON, ...) is served by the same text.
+// there. Vectors are the compiler's own (GCC and Clang vector extensions), so the operators + - * / and comparisons
+// work on them and any target the compiler knows (SSE2, AVX2, AVX-512, NEON, ...) is served by the same text.
 
 template <class T>
 struct VecTraits;

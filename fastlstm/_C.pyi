@@ -1,0 +1,28 @@
+"""The compiled core (csrc/bindings.cpp), as mypy sees it. Importing it registers the operators."""
+
+from typing import Any
+
+compiler: str
+torch_built: str
+cuda: bool
+
+def plan_for(
+    *,
+    T: int,
+    B: int,
+    N: int,
+    I: int,
+    H: int,
+    P: int,
+    layers: int,
+    directions: int,
+    compute_bytes: int,
+    training: bool,
+    threads: int,
+) -> dict[str, Any]: ...
+def set_forced(plan: str | None, isa: str | None, split: str | None, bulk_input: bool | None) -> None: ...
+def get_forced() -> tuple[str | None, str | None, str | None, bool | None]: ...
+def plans() -> list[str]: ...
+def isas_compiled() -> list[str]: ...
+def isas_available() -> list[str]: ...
+def isa() -> str: ...

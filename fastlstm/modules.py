@@ -1,0 +1,277 @@
+"""FastLSTM and FastLSTMCell: drop-ins for torch.nn.LSTM and torch.nn.LSTMCell.
+
+They hold the parameters, under the same names, in the same order and with the same initial values, and call
+:mod:`fastlstm.functional`. They derive from nn.RNNBase and nn.RNNCellBase, not from nn.LSTM:
+``torch.compile`` refuses every instance of nn.LSTM. :func:`fastlstm.swap_lstm` puts them into an existing
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlstm import functional
+from fastlstm.functional import State
+
+_Module = TypeVar("_Module", bound=nn.RNNBase | nn.RNNCellBase)
+
+
+class FastLSTM(nn.RNNBase):
+    """A multi-layer LSTM with the interface, the parameters and the results of :class:`torch.nn.LSTM`.
+
+    The equations are those of :func:`fastlstm.reference.lstm_cell`. The same seed gives the same parameters
+    as nn.LSTM, and a ``state_dict`` travels both ways with ``strict=True``. In the shapes below L is
+    ``num_layers``, D is 2 if ``bidirectional`` else 1, H is ``hidden_size`` and ``Hout`` is ``proj_size`` if
+    that is positive, else H.
+
+    Differences from nn.LSTM: it compiles with ``torch.compile(fullgraph=True)``; it has no flat weight
+    buffer, so :meth:`flatten_parameters` does nothing and the "not part of single contiguous chunk of memory"
+    warning does not exist; the backward pass works in eval mode too, and so does a second one through the
+    first; the error for states of another dtype says so; it is no instance of nn.LSTM and cannot be scripted
+    by ``torch.jit`` (use :meth:`to_torch` for both).
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the cell state.
+        num_layers: L, the layers, each fed by the one below.
+        bias: whether the gates have biases.
+        batch_first: whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``. The states are
+            ``[L * D, B, ...]`` in both cases.
+        dropout: probability of zeroing an element of the output of every layer but the last in training.
+        bidirectional: whether a second LSTM runs over the sequence backwards; the outputs are concatenated.
+        proj_size: P < H, the size of the projected output (LSTMP), or 0 for none.
+        device: of the parameters.
+        dtype: of the parameters: fp32, fp64, bf16 or fp16.
+
+    Attributes:
+        weight_ih_l{k}: ``[4H, I]``, for k > 0 ``[4H, D * Hout]``; gates in the order i, f, g, o.
+        weight_hh_l{k}: ``[4H, Hout]``.
+        bias_ih_l{k}, bias_hh_l{k}: ``[4H]``, with ``bias``.
+        weight_hr_l{k}: ``[P, H]``, with ``proj_size``.
+        ..._reverse: the same for the second direction.
+
+    All of them are drawn from U(-1 / sqrt(H), 1 / sqrt(H)).
+
+    Raises:
+        TypeError: ``input_size`` or ``hidden_size`` is not an int, or ``bias`` or ``batch_first`` is not a
+            bool.
+        ValueError: a size is not positive, ``dropout`` is not in [0, 1] or ``proj_size`` is not in [0, H).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+        )
+
+    @overload
+    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
+
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
+        """Run the stack over a batch of sequences, one sequence or a PackedSequence.
+
+        Args:
+            input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or packed. T > 0.
+            hx: initial states ``(h_0 [L * D, B, Hout], c_0 [L * D, B, H])``, unbatched without B, in the
+                order of the caller's batch also for a PackedSequence that was sorted. Zeros if None.
+
+        Returns:
+            ``(output, (h_n, c_n))``: the output like the input with D * Hout features, the states like
+            ``hx``.
+
+        Raises:
+            ValueError, RuntimeError, NotImplementedError: as :func:`fastlstm.lstm`.
+        """
+        parameters: dict[str, Any] = self._parameters
+        # Pruned, parametrized and replicated weights are plain attributes or properties.
+        weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
+        if not isinstance(input, PackedSequence):
+            return functional.lstm(
+                input,
+                weights,
+                hx,
+                num_layers=self.num_layers,
+                bidirectional=self.bidirectional,
+                bias=self.bias,
+                batch_first=self.batch_first,
+                dropout=self.dropout,
+                training=self.training,
+            )
+        rows, batch_sizes, sorted_indices, unsorted_indices = input
+        output, states = functional.lstm(
+            rows,
+            weights,
+            hx if hx is None else self.permute_hidden(hx, sorted_indices),
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            bias=self.bias,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+        )
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(states, unsorted_indices)
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
+        """Both states with their batch dimension in the order of ``permutation`` (None: as they are)."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels read the weights where they are."""
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM) -> FastLSTM:
+        """Make a FastLSTM of an nn.LSTM, sharing its Parameter objects.
+
+        Training either of them trains both, optimizers and tied weights stay valid, and the training flag is
+        taken over. Hooks stay behind; :func:`fastlstm.swap_lstm` keeps them.
+
+        Raises:
+            TypeError: ``module`` is not an nn.LSTM, is a subclass of it, or has weights that are not
+                Parameters (weight_norm, prune, parametrize).
+        """
+        return _with_parameters_of(module, nn.LSTM, cls)
+
+    def to_torch(self) -> nn.LSTM:
+        """Make an nn.LSTM of this module, sharing the Parameter objects; the inverse of :meth:`from_torch`.
+
+        Raises:
+            TypeError: this is a subclass of FastLSTM or has weights that are not Parameters.
+        """
+        return _with_parameters_of(self, FastLSTM, nn.LSTM)
+
+    # nn.RNNBase keeps the weights in a second place, a list, for the flat buffer of cuDNN. Here the list is
+    # derived from the attributes, so that nothing has to keep it up to date.
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not getattr(self, name, None):
+                setattr(self, name, weight)
+
+    def _init_flat_weights(self) -> None:
+        """Do nothing: there is no list to rebuild."""
+
+    def _update_flat_weights(self) -> None:
+        """Do nothing: there is no list to update."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        # weight_norm and prune leave tensors they compute before each forward pass as plain attributes.
+        # deepcopy refuses tensors with a history.
+        for name in self._flat_weights_names:
+            if isinstance(state.get(name), Tensor):
+                state[name] = state[name].detach()
+        return state
+
+
+class FastLSTMCell(nn.RNNCellBase):
+    """One step of an LSTM with the interface, the parameters and the results of :class:`torch.nn.LSTMCell`.
+
+    The equations are those of :func:`fastlstm.reference.lstm_cell`; I is ``input_size``, H is
+    ``hidden_size``.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of both states.
+        bias: whether the gates have biases.
+        device: of the parameters.
+        dtype: of the parameters: fp32, fp64, bf16 or fp16.
+
+    Attributes:
+        weight_ih: ``[4H, I]``; gates in the order i, f, g, o.
+        weight_hh: ``[4H, H]``.
+        bias_ih, bias_hh: ``[4H]``, or None without ``bias``.
+
+    All of them are drawn from U(-1 / sqrt(H), 1 / sqrt(H)).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """Advance one step.
+
+        Args:
+            input: ``[B, I]`` or unbatched ``[I]``.
+            hx: states ``(h, c)``, each ``[B, H]`` or unbatched ``[H]``. Zeros if None.
+
+        Returns:
+            The next states ``(h, c)``, shaped like ``hx``.
+
+        Raises:
+            ValueError, RuntimeError, NotImplementedError: as :func:`fastlstm.lstm_cell`.
+        """
+        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTMCell) -> FastLSTMCell:
+        """Make a FastLSTMCell sharing an nn.LSTMCell's Parameter objects; as :meth:`FastLSTM.from_torch`."""
+        return _with_parameters_of(module, nn.LSTMCell, cls)
+
+    def to_torch(self) -> nn.LSTMCell:
+        """Make an nn.LSTMCell sharing this module's Parameter objects; as :meth:`FastLSTM.to_torch`."""
+        return _with_parameters_of(self, FastLSTMCell, nn.LSTMCell)
+
+
+def _with_parameters_of(source: nn.Module, expected: type[nn.Module], cls: type[_Module]) -> _Module:
+    """A ``cls`` with the configuration, the training flag and the Parameter objects of ``source``."""
+    if type(source) is not expected:
+        raise TypeError(f"module must be of class {expected.__name__} itself, got {type(source).__name__}")
+    names = [name for name in cls.__constants__ if name not in ("mode", "dropout")]
+    # On the meta device nothing is allocated and nothing is drawn from the generator.
+    result = cls(**{name: getattr(source, name) for name in names}, device="meta")
+    if source._parameters.keys() != result._parameters.keys():
+        raise TypeError(
+            f"the weights of module must be Parameters named {list(result._parameters)}, "
+            f"got {list(source._parameters)}; swap_lstm() keeps weight_norm, prune and parametrizations"
+        )
+    for name, parameter in source._parameters.items():
+        setattr(result, name, parameter)
+    if isinstance(source, nn.RNNBase) and isinstance(result, nn.RNNBase):
+        # Assigned here because the constructor would repeat its warning about dropout in a single layer.
+        result.dropout = source.dropout
+    result.train(source.training)
+    return result

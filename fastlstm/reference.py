@@ -1,0 +1,124 @@
+"""The LSTM in plain, differentiable PyTorch: what every kernel of this package has to compute.
+
+It is the oracle of the tests (run in fp64), the documentation of the mathematics, and the path of last resort
+where a kernel has no formula of its own (double backward). Speed is no concern here: each step is one cell.
+
+Sources: S. Hochreiter and J. Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8), 1997 (the cell);
+F. Gers, J. Schmidhuber and F. Cummins, "Learning to Forget", Neural Computation 12(10), 2000 (the forget
+gate); H. Sak, A. Senior and F. Beaufays, "Long Short-Term Memory Recurrent Neural Network Architectures for
+Large Scale Acoustic Modeling", Interspeech 2014 (the projected output, LSTMP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def lstm_cell(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of one layer in one direction, in the dtype of its arguments.
+
+    The rows of the weights hold the gates in the order i, f, g, o::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      input gate
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf)      forget gate
+        g = tanh   (W_ig x + b_ig + W_hg h + b_hg)      candidate
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)      output gate
+        c' = f * c + i * g
+        h' = o * tanh(c')                               and with a projection  h' = W_hr (o * tanh(c'))
+
+    Args:
+        x: input ``[B, I]``.
+        h: hidden state ``[B, H]``, with a projection ``[B, P]``.
+        c: cell state ``[B, H]``.
+        weight_ih: ``[4H, I]``.
+        weight_hh: ``[4H, H]``, with a projection ``[4H, P]``.
+        bias_ih: ``[4H]`` or None.
+        bias_hh: ``[4H]`` or None.
+        weight_hr: projection ``[P, H]`` or None.
+
+    Returns:
+        The next states ``(h', c')``, shaped like ``(h, c)``.
+    """
+    i, f, g, o = (linear(x, weight_ih, bias_ih) + linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return (h if weight_hr is None else linear(h, weight_hr)), c
+
+
+def lstm(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor,
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    has_bias: bool,
+    batch_sizes: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole stack of L layers in D directions; ``Hout`` is P with a projection and H without.
+
+    fp16 and bf16 arguments are computed in fp32 and only the results are rounded.
+
+    Args:
+        x: input ``[T, B, I]`` with T > 0, or with ``batch_sizes`` the packed rows ``[N, I]``.
+        weights: per layer, then per direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]; shapes as in
+            :func:`lstm_cell`, where the input of the layers above the first has D * Hout features.
+        h_0: initial hidden states ``[L * D, B, Hout]``. The stack has projections where Hout is not H.
+        c_0: initial cell states ``[L * D, B, H]``.
+        num_layers: L.
+        bidirectional: True for D = 2; the second direction runs from each sequence's last step to its first.
+        has_bias: whether ``weights`` holds biases.
+        batch_sizes: int64 ``[T]`` on the CPU, non-increasing: the sequences that are still running at each
+            step, as in :class:`torch.nn.utils.rnn.PackedSequence`.
+        dropout_mask: multipliers ``[L - 1, T, B, D * Hout]`` (packed: ``[L - 1, N, D * Hout]``), already
+            scaled by 1 / (1 - p), on the output of every layer but the last as the next layer sees it.
+
+    Returns:
+        ``(y, h_n, c_n)``: y shaped like x with D * Hout features, the final states shaped like ``h_0`` and
+        ``c_0``.
+    """
+    directions = 2 if bidirectional else 1
+    projected = h_0.size(-1) != c_0.size(-1)
+    count = 2 + 2 * has_bias + projected
+    sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    layer_input = x.flatten(0, -2).to(dtype)
+    final_h, final_c = [], []
+    for layer in range(num_layers):
+        steps = torch.split(layer_input, sizes)
+        outputs = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            w = [weight.to(dtype) for weight in weights[k * count : (k + 1) * count]]
+            w_ih, w_hh, w_hr = w[0], w[1], w[-1] if projected else None
+            b_ih, b_hh = w[2:4] if has_bias else (None, None)
+            h, c = h_0[k].to(dtype), c_0[k].to(dtype)
+            y = list(steps)
+            order = range(len(sizes)) if k % directions == 0 else reversed(range(len(sizes)))
+            for t in order:
+                running = sizes[t]
+                y[t], c_t = lstm_cell(steps[t], h[:running], c[:running], w_ih, w_hh, b_ih, b_hh, w_hr)
+                # The other rows have ended already (forward) or have not begun yet (reverse).
+                h, c = torch.cat([y[t], h[running:]]), torch.cat([c_t, c[running:]])
+            outputs.append(torch.cat(y))
+            final_h.append(h)
+            final_c.append(c)
+        layer_input = torch.cat(outputs, dim=1)
+        if dropout_mask is not None and layer < num_layers - 1:
+            layer_input = layer_input * dropout_mask[layer].flatten(0, -2).to(dtype)
+    y_all = layer_input.reshape(*x.shape[:-1], layer_input.size(1))
+    return y_all.to(x.dtype), torch.stack(final_h).to(x.dtype), torch.stack(final_c).to(x.dtype)

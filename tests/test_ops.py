@@ -1,0 +1,349 @@
+"""The registered operators, below the modules: every plan and instruction set forced, against the fp64 reference.
+
+Sizes lie around the widths of vectors and tiles (4, 8, 16 lanes; 6 rows; chunks of 96 rows; slices of 256 terms),
+because that is where indexing goes wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tolerance import assert_all_accurate
+from torch import Tensor
+
+import fastlstm
+from fastlstm import _ops, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem of the operator. ``lengths`` makes it a packed sequence of B = len(lengths) rows."""
+
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    P: int = 0
+    L: int = 1
+    D: int = 1
+    bias: bool = True
+    lengths: tuple[int, ...] = ()
+    dropout: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        flags = [f"P{self.P}"] * (self.P > 0) + ["nobias"] * (not self.bias) + ["dropout"] * self.dropout
+        flags += ["packed"] * bool(self.lengths) + [str(self.dtype).removeprefix("torch.")]
+        return "-".join([f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.L}-D{self.D}", *flags])
+
+
+CASES = [
+    Case(T=1, B=1, I=1, H=1),
+    Case(T=2, B=3, I=5, H=7),
+    Case(T=3, B=6, I=8, H=8),
+    Case(T=3, B=7, I=9, H=9, bias=False),
+    Case(T=2, B=13, I=16, H=15),
+    Case(T=2, B=2, I=17, H=17, D=2),
+    Case(T=40, B=5, I=3, H=12),
+    Case(T=2, B=97, I=4, H=33),
+    Case(T=2, B=3, I=257, H=31),
+    Case(T=2, B=2, I=3, H=260),
+    Case(T=4, B=4, I=6, H=10, L=3, D=2, dropout=True),
+    Case(T=5, B=3, I=6, H=19, P=5, L=2, D=2, dropout=True),
+    Case(T=3, B=2, I=4, H=40, P=33),
+    Case(T=6, B=5, I=7, H=11, D=2, lengths=(6, 5, 5, 2, 1)),
+    Case(T=9, B=8, I=4, H=18, L=2, D=2, lengths=(9, 9, 9, 4, 3, 3, 1, 1), dropout=True),
+    Case(T=4, B=3, I=4, H=13, P=6, D=2, lengths=(4, 4, 2), bias=False),
+]
+FORCED = [(plan, isa) for plan in fastlstm.plans() for isa in fastlstm.available_isas()]
+
+
+@dataclass
+class Problem:
+    """The tensors of a case, in its dtype."""
+
+    case: Case
+    x: Tensor
+    weights: list[Tensor]
+    h_0: Tensor
+    c_0: Tensor
+    batch_sizes: Tensor | None
+    dropout_mask: Tensor | None
+
+    @classmethod
+    def of(cls, case: Case) -> Problem:
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+        out, states = case.P or case.H, case.L * case.D
+        batch_sizes = None
+        shape: tuple[int, ...] = (case.T, case.B)
+        if case.lengths:
+            batch_sizes = torch.tensor([sum(n > t for n in case.lengths) for t in range(case.T)])
+            shape = (sum(case.lengths),)
+        scale = 1 / case.H**0.5
+        weights = []
+        for k in range(states):
+            width = case.I if k < case.D else case.D * out
+            weights += [draw(4 * case.H, width) * scale, draw(4 * case.H, out) * scale]
+            weights += [draw(4 * case.H), draw(4 * case.H)] * case.bias
+            weights += [draw(case.P, case.H) * scale] * (case.P > 0)
+        keep = torch.rand((case.L - 1, *shape, case.D * out), generator=generator) < 0.7
+        return cls(
+            case=case,
+            x=draw(*shape, case.I),
+            weights=weights,
+            h_0=draw(states, case.B, out),
+            c_0=draw(states, case.B, case.H),
+            batch_sizes=batch_sizes,
+            dropout_mask=(keep / 0.7).to(case.dtype) if case.dropout else None,
+        )
+
+    @property
+    def options(self) -> dict[str, object]:
+        case = self.case
+        return {
+            "num_layers": case.L,
+            "bidirectional": case.D == 2,
+            "has_bias": case.bias,
+            "batch_sizes": self.batch_sizes,
+        }
+
+    def solve(self, function: object, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Outputs and all gradients of ``function``, computed in ``dtype`` from the same values."""
+        inputs = [self.x, self.h_0, self.c_0, *self.weights]
+        x, h_0, c_0, *weights = (t.detach().to(dtype).requires_grad_() for t in inputs)
+        mask = None if self.dropout_mask is None else self.dropout_mask.to(dtype)
+        outputs = function(x, weights, h_0, c_0, dropout_mask=mask, **self.options)  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(2)
+        drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+        d_outputs = [d.to(self.case.dtype).to(dtype) for d in drawn]
+        d_inputs = torch.autograd.grad(outputs, [x, h_0, c_0, *weights], d_outputs)
+        names = [
+            "y",
+            "h_n",
+            "c_n",
+            "d_x",
+            "d_h_0",
+            "d_c_0",
+            *(f"d_weights[{i}]" for i in range(len(weights))),
+        ]
+        return {name: t.detach() for name, t in zip(names, [*outputs, *d_inputs], strict=True)}
+
+
+@functools.cache
+def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What plain PyTorch computes in the case's dtype, and the exact results."""
+    problem = Problem.of(case)
+    return problem.solve(reference.lstm, case.dtype), problem.solve(reference.lstm, torch.float64)
+
+
+def check(case: Case) -> None:
+    assert_all_accurate(Problem.of(case).solve(_ops.lstm, case.dtype), *expected(case))
+
+
+def legal(case: Case, plan: str) -> bool:
+    return not (plan == "unpacked" and case.P)
+
+
+@pytest.mark.parametrize(("plan", "isa"), FORCED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_plan_and_isa(case: Case, plan: str, isa: str) -> None:
+    if not legal(case, plan):
+        with fastlstm.force(plan, isa), pytest.raises(ValueError, match="does not support proj_size > 0"):
+            check(case)
+        return
+    with fastlstm.force(plan, isa):
+        check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("plan", "isa"), FORCED)
+@pytest.mark.parametrize("case", [CASES[9], CASES[10], CASES[14]], ids=str)
+def test_other_dtypes(case: Case, plan: str, isa: str, dtype: torch.dtype) -> None:
+    with fastlstm.force(plan, isa):
+        check(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("split", ["rows", "units"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.T > 1], ids=str)
+def test_splits_among_threads(case: Case, split: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for plan, bulk_input in itertools.product(("packed", "unpacked"), (False, True)):
+        if legal(case, plan):
+            with fastlstm.force(plan, split=split, bulk_input=bulk_input):
+                check(case)
+
+
+def test_many_threads_split_the_hidden_units() -> None:
+    """B = 1 leaves rows to one thread, so the planner splits units where they are many."""
+    torch.set_num_threads(2)
+    assert fastlstm.plan(T=20, B=1, I=300, H=600).forward_split == "units"
+    check(Case(T=20, B=1, I=300, H=600))
+
+
+def test_uninitialised_memory_is_never_read() -> None:
+    """Fresh memory is filled with bytes that read as -1.7e38, so whatever is used before it is written shows."""
+    script = "import test_ops; [test_ops.check_all_plans(case) for case in test_ops.CASES]"
+    env = dict(os.environ, MALLOC_PERTURB_="1", PYTHONPATH=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def check_all_plans(case: Case) -> None:
+    for plan in fastlstm.plans():
+        if legal(case, plan):
+            with fastlstm.force(plan):
+                check(case)
+
+
+@pytest.fixture(params=[CASES[1], CASES[11], CASES[13]], ids=str)
+def arguments(request: pytest.FixtureRequest) -> Iterator[tuple[object, ...]]:
+    p = Problem.of(request.param)
+    weights = [w.requires_grad_() for w in p.weights]
+    case = p.case
+    yield (p.x, weights, p.h_0, p.c_0, p.batch_sizes, p.dropout_mask, case.L, case.D == 2, case.bias)
+
+
+def test_opcheck_forward(arguments: tuple[object, ...]) -> None:
+    torch.library.opcheck(torch.ops.fastlstm.lstm.default, (*arguments, True))
+
+
+def test_opcheck_forward_without_saving(arguments: tuple[object, ...]) -> None:
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.fastlstm.lstm.default,
+            (*arguments, False),
+            test_utils=["test_schema", "test_faketensor"],
+        )
+
+
+def test_opcheck_backward(arguments: tuple[object, ...]) -> None:
+    x, weights, h_0, c_0, batch_sizes, mask, *flags = arguments
+    with torch.no_grad():
+        y, h_n, _, *saved = torch.ops.fastlstm.lstm(*arguments, True)
+        needs = [1, 0] + [1, 0] * (len(weights) // 2)  # type: ignore[arg-type]
+        backward = (y, h_n, None, x, weights, h_0, c_0, y, *saved, batch_sizes, mask, *flags, needs)
+        torch.library.opcheck(
+            torch.ops.fastlstm.lstm_backward.default, backward, test_utils=["test_schema", "test_faketensor"]
+        )
+        d_x, d_h_0, _, d_weights = torch.ops.fastlstm.lstm_backward(*backward)
+    assert d_x.shape == x.shape  # type: ignore[attr-defined]
+    assert d_h_0.numel() == 0
+    assert [w.numel() > 0 for w in d_weights] == [bool(n) for n in needs[2:]]
+
+
+def test_saves_by_grad_mode_alone() -> None:
+    p = Problem.of(CASES[1])
+    with torch.no_grad():
+        _, _, _, gates, cells, layer_outputs = torch.ops.fastlstm.lstm(
+            p.x, p.weights, p.h_0, p.c_0, None, None, 1, False, True, False
+        )
+    assert gates.numel() == cells.numel() == layer_outputs.numel() == 0
+    y, _, _ = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+    assert not y.requires_grad
+    y, _, _ = _ops.lstm(p.x.requires_grad_(), p.weights, p.h_0, p.c_0, **p.options)
+    assert y.requires_grad
+
+
+def test_backward_without_saving_says_so() -> None:
+    p = Problem.of(CASES[1])
+    x = p.x.requires_grad_()
+    y, *_ = torch.ops.fastlstm.lstm(x, p.weights, p.h_0, p.c_0, None, None, 1, False, True, False)
+    with pytest.raises(RuntimeError, match="save=True"):
+        y.sum().backward()
+
+
+def test_backward_twice_gives_the_same() -> None:
+    p = Problem.of(CASES[10])
+    x = p.x.requires_grad_()
+    y, _, _ = _ops.lstm(x, p.weights, p.h_0, p.c_0, **p.options)
+    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(first, second)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    p = Problem.of(Case(T=5, B=13, I=9, H=20))
+    for plan in ("packed", "unpacked"):
+        with fastlstm.force(plan):
+            y, _, _ = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+            for b in (0, 4, 12):
+                rows = (t[:, b : b + 1].contiguous() for t in (p.x, p.h_0, p.c_0))
+                x, h_0, c_0 = rows
+                alone, _, _ = _ops.lstm(x, p.weights, h_0, c_0, **p.options)
+                assert torch.equal(alone[:, 0], y[:, b]), (plan, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_propagate_as_in_the_reference(value: float) -> None:
+    p = Problem.of(Case(T=6, B=4, I=5, H=11, L=2, D=2))
+    p.x[3, 1, 2] = value
+    for plan in fastlstm.plans():
+        for isa in fastlstm.available_isas():
+            with fastlstm.force(plan, isa):
+                outputs = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+            expected = reference.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+            for ours, exact in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(ours, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_saturated_gates_are_exact() -> None:
+    """Pre-activations far outside exp's range give gates of exactly 0 and 1, not NaN."""
+    for dtype in (torch.float32, torch.float64):
+        for isa in fastlstm.available_isas():
+            weights = [torch.zeros(4 * 5, 1, dtype=dtype), torch.zeros(4 * 5, 5, dtype=dtype)]
+            bias = torch.tensor([1e4, -1e4, 1e4, 1e4], dtype=dtype).repeat_interleave(5)
+            weights += [bias, torch.zeros_like(bias)]
+            state = torch.full((1, 1, 5), 7.0, dtype=dtype)
+            options = {"num_layers": 1, "bidirectional": False, "has_bias": True}
+            with fastlstm.force(isa=isa):
+                y, _, c_n = _ops.lstm(torch.ones(1, 1, 1, dtype=dtype), weights, state, state, **options)
+            assert torch.equal(c_n, torch.ones_like(c_n))  # i = 1, f = 0, g = 1
+            torch.testing.assert_close(y, torch.ones_like(y).tanh(), rtol=1e-6, atol=0)
+
+
+OPERATOR_ERRORS = {
+    "x must have shape": {"x": torch.zeros(2, 4, 5)},
+    "h_0 must have shape": {"h_0": torch.zeros(2, 3, 7)},
+    "c_0 must be": {"c_0": torch.zeros(3, 7)},
+    "every weight must have the dtype of x, float32, got float64": {"w": torch.zeros(28, 5, dtype=torch.float64)},
+    "W_ih must have shape \\[4H, I\\] = \\[28, 5\\], got \\[28, 6\\]": {"w": torch.zeros(28, 6)},
+    "at least one time step": {"x": torch.zeros(0, 3, 5)},
+    "float32, float64, bfloat16 or float16": {"x": torch.zeros(2, 3, 5, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("message", OPERATOR_ERRORS, ids=lambda m: m[:20])
+def test_operator_refuses(message: str) -> None:
+    p = Problem.of(CASES[1])
+    bad = {"x": p.x, "h_0": p.h_0, "c_0": p.c_0, "w": p.weights[0]} | OPERATOR_ERRORS[message]
+    weights = [bad["w"], *p.weights[1:]]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlstm.lstm(bad["x"], weights, bad["h_0"], bad["c_0"], None, None, 1, False, True, False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([3, 2, 3], "non-increasing"),
+        ([3, 3, 0], "positive"),
+        ([2, 2, 2], "batch size of h_0"),
+        ([3, 3], "sum"),
+    ],
+)
+def test_operator_refuses_batch_sizes(sizes: list[int], message: str) -> None:
+    p = Problem.of(Case(T=3, B=3, I=5, H=7, lengths=(3, 3, 2)))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlstm.lstm(p.x, p.weights, p.h_0, p.c_0, torch.tensor(sizes), None, 1, False, True, False)
