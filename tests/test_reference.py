@@ -140,20 +140,11 @@ def test_differentiates_twice():
     assert torch.autograd.gradgradcheck(run, (x, h_0, c_0, *module.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wrong", ["too far", "nan", "infinity", "shape", "dtype"])
-def test_the_tolerance_rule_notices(dtype, wrong):
+@pytest.mark.parametrize("wrong", ["error", "shape", "dtype"])
+def test_assert_accurate_notices(wrong):
     exact = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-    torchs = exact.to(dtype)
+    torchs = exact.float()
     assert_accurate("y", torchs.clone(), torchs, exact)
-    ours = torchs.clone()
-    if wrong == "too far":
-        ours[1, 2] += 40 * torch.finfo(dtype).eps
-    elif wrong == "shape":
-        ours = ours.flatten()
-    elif wrong == "dtype":
-        ours = ours.to(torch.float16)
-    else:
-        ours[1, 2] = float(wrong)
-    with pytest.raises(AssertionError, match="shape|dtype" if wrong in ("shape", "dtype") else r"y\[1, 2\] = "):
+    ours = {"error": torchs + 1e-4, "shape": torchs.flatten(), "dtype": torchs.half()}[wrong]
+    with pytest.raises(AssertionError, match=wrong):
         assert_accurate("y", ours, torchs, exact)
