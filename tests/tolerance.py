@@ -1,7 +1,7 @@
 """The rule by which tests compare floating-point results: relative to what torch itself achieves.
 
 Three results meet: ours, torch's in the same dtype, and the exact one in fp64. The rule is `fastlstm.verify.compare`,
-the same by which `fastlstm verify` and `fastlstm bench` judge; here it becomes an assertion. It scales by itself with the
+by which `fastlstm verify` and `fastlstm bench` judge too; here it becomes an assertion. It scales by itself with the
 dtype, the length of the sums and the conditioning of the problem, so no test needs a tolerance of its own.
 """
 

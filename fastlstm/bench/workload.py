@@ -30,6 +30,17 @@ _mkldnn: Any = torch.backends.mkldnn
 CONTENDERS = ("fastlstm", "torch")
 
 
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Not torch.backends.mkldnn.flags, which sets precision switches too and warns about one of them."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
 class Workload:
     """Contenders, inputs and output gradients of `shape` on `device`; equal seeds give equal values.
 
@@ -147,10 +158,8 @@ class Workload:
     def baseline(self, pass_: Pass) -> dict[str, Tensor]:
         """nn.LSTM's results in the precision the shape asks for: the yardstick of the tolerance rule.
 
-        nn.LSTM ignores the bfloat16 product switch on the CPU, so its results under autocast stand in for it.
-        And
-        where oneDNN has no bfloat16 LSTM for the CPU, nn.LSTM under autocast raises: its native path then
-        serves.
+        nn.LSTM ignores the bfloat16 product switch on the CPU, so its results under autocast stand in for it. And where
+        oneDNN has no bfloat16 LSTM for the CPU, nn.LSTM under autocast raises: its native path then serves.
         """
         module = self.modules["torch"]
         try:
@@ -158,11 +167,8 @@ class Workload:
         except RuntimeError:
             if not self.shape.mixed or self.device.type != "cpu":
                 raise
-            _mkldnn.enabled = False
-            try:
+            with _without_mkldnn():
                 return self._results(module, pass_, autocast=True)
-            finally:
-                _mkldnn.enabled = True
 
     def exact(self, pass_: Pass) -> dict[str, Tensor]:
         """The results in float64, by the reference implementation, on the CPU."""
