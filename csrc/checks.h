@@ -1,11 +1,12 @@
 // Checks of user input in C++: one line that names the argument, what was expected and what came.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fastlstm {
 
@@ -39,11 +40,10 @@ std::string shape_text(const Sizes& sizes) {
 // `tensor` has exactly these sizes; `symbols` says what they mean: "[L*D, B, H]".
 template <class Tensor>
 inline void check_shape(const char* name, const char* symbols, const Tensor& tensor,
-                        std::initializer_list<int64_t> expected) {
+                        const std::vector<int64_t>& expected) {
   const auto sizes = tensor.sizes();
-  bool same = sizes.size() == expected.size();
-  for (size_t d = 0; same && d < expected.size(); ++d) same = sizes[d] == expected.begin()[d];
-  FASTLSTM_CHECK(same, name, " must have shape ", symbols, " = ", shape_text(expected), ", got ", shape_text(sizes));
+  FASTLSTM_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, " must have shape ",
+                 symbols, " = ", shape_text(expected), ", got ", shape_text(sizes));
 }
 
 }  // namespace fastlstm

@@ -13,17 +13,18 @@ namespace {
 // Fitted on two cores of an AMD EPYC 7003 (AVX2, 512 KB L2) with torch 2.13.
 namespace cost {
 constexpr double kForkJoin = 8000;         // torch's parallel_for, both threads awake
-constexpr double kLibraryCall = 4000;      // one small GEMM through aten
+constexpr double kLibraryCall = 12000;     // one small GEMM through aten
 constexpr double kLibraryRate = 0.85;      // of the FMA peak: a library GEMM with many rows ...
 constexpr double kLibraryStepRate = 0.55;  // ... with as many as a batch ...
 constexpr double kLibraryFewRate = 0.30;   // ... with fewer than 8
 constexpr double kTileRate = 0.90;         // packed register tiles of 4 to 6 rows
 constexpr double kNarrowTileRate = 0.70;   // packed register tiles of 1 to 3 rows
-constexpr double kDotRate = 0.60;          // dot products of infinite length; each ends in a sum over lanes ...
+constexpr double kDotRate = 0.75;          // dot products of infinite length; each ends in a sum over lanes ...
 constexpr double kDotOverhead = 64;        // ... that costs as much as this many more terms
 constexpr double kL2Bytes = 15;            // bytes per cycle and core from L2 ...
 constexpr double kL3Bytes = 10;            // ... and from L3
-constexpr double kHidden = 0.2;            // part of the smaller of (multiply, read) that the larger does not hide
+constexpr double kExposed = 0.2;           // part of the smaller of (multiply, read) that the larger does not hide ...
+constexpr double kExposedOnce = 0.5;       // ... and in a single step, where no weight has been touched before
 constexpr double kPackPerElement = 1.2;    // transposing
 constexpr double kCopyPerElement = 0.4;    // packing a matrix that is already k-major
 constexpr double kCellPerVector = 60;      // one vector of units of one row: five exponentials and as many divisions
@@ -66,8 +67,9 @@ double step_cycles(const Share& share, double K, double rate, const Problem& p, 
   const double multiply = share.rows * share.units * 4 * K / (peak(p, m) * rate);
   const double bytes = share.units * 4 * K * p.compute_bytes;
   const double passes = std::ceil(share.rows / 96);  // the kernels re-read their weights for each chunk of rows
-  const double read = passes * read_cycles(bytes, bytes, m);
-  return std::max(multiply, read) + cost::kHidden * std::min(multiply, read) +
+  const double read = passes * (p.T > 1 ? read_cycles(bytes, bytes, m) : bytes / cost::kL3Bytes);
+  const double exposed = p.T > 1 ? cost::kExposed : cost::kExposedOnce;
+  return std::max(multiply, read) + exposed * std::min(multiply, read) +
          share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
 }
 

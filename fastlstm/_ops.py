@@ -7,6 +7,7 @@ directions and layers and ``torch.compile`` sees one node.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,41 @@ def lstm(
 
     What backward needs is saved if and only if a gradient can be asked for, whatever mode a module is in.
     """
-    save = torch.is_grad_enabled() and (
+    save = _needs_gradient(x, weights, h_0, c_0)
+    options = (batch_sizes, dropout_mask, num_layers, bidirectional, has_bias)
+    if _needs_dispatcher():
+        y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, *options, save)
+    elif save:
+        y, h_n, c_n = _LSTMFunction.apply(options, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, *options, False)
+    return y, h_n, c_n
+
+
+def lstm_cell(x: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """One step of one layer; shapes as in :func:`fastlstm.reference.lstm_cell`."""
+    _, h, c = lstm(x, weights, h, c, num_layers=1, bidirectional=False, has_bias=has_bias)
+    return h, c
+
+
+def _needs_gradient(x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor) -> bool:
+    return torch.is_grad_enabled() and (
         x.requires_grad or h_0.requires_grad or c_0.requires_grad or any(w.requires_grad for w in weights)
     )
-    y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, save)
-    return y, h_n, c_n
+
+
+def _needs_dispatcher() -> bool:
+    """Whether something stands between this call and the kernel that only the operator's registrations serve.
+
+    Otherwise the call goes to the kernel through :class:`_LSTMFunction`: the autograd registration of an operator costs
+    four times as much per call, which a cell or a single step would feel.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+    )
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,11 +91,11 @@ def _lstm_fake(
     save: bool,
 ) -> tuple[Tensor, ...]:
     directions = 2 if bidirectional else 1
-    states, batch, out = h_0.shape
-    hidden = c_0.size(-1)
-    rows = x.size(0) if batch_sizes is not None else x.size(0) * batch
+    out, hidden = h_0.size(-1), c_0.size(-1)
+    states = num_layers * directions
+    rows = math.prod(x.shape[:-1])
     y = x.new_empty(*x.shape[:-1], directions * out)
-    h_n, c_n = x.new_empty(states, batch, out), x.new_empty(states, batch, hidden)
+    h_n, c_n = x.new_empty(h_0.shape), x.new_empty(c_0.shape)
     saved_shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
     if save:
         saved_shapes = (
@@ -101,77 +132,108 @@ def _lstm_backward_fake(
     return gradient(x, needs[0]), gradient(h_0, needs[1]), gradient(c_0, needs[1]), d_weights
 
 
+class _LSTMFunction(torch.autograd.Function):
+    """The operator and its gradient, as a function of (options, x, h_0, c_0, *weights)."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, h_0, c_0, *weights = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_n, c_n, *saved = _lstm(x, weights, h_0, c_0, *options, True)
+        ctx.options = options[2:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, *saved, *options[:2], *inputs)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx.saved_tensors, ctx.options, d_outputs, ctx.needs_input_grad[1:])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weights, h_0, c_0, batch_sizes, dropout_mask, *flags, save = inputs
-    y, _h_n, _c_n, gates, cells, layer_outputs = output
+    x, weights, h_0, c_0, *options, save = inputs
+    y, _h_n, _c_n, *saved = output
     ctx.save = save
-    ctx.flags = flags
+    ctx.options = options[2:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gates, cells, layer_outputs)
-    ctx.save_for_backward(x, h_0, c_0, y, gates, cells, layer_outputs, batch_sizes, dropout_mask, *weights)
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(y, *saved, *options[:2], x, h_0, c_0, *weights)
 
 
-def _backward(ctx: Any, d_y: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
     if not ctx.save:
         raise RuntimeError("fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True")
-    x, h_0, c_0, y, gates, cells, layer_outputs, batch_sizes, dropout_mask, *weights = ctx.saved_tensors
-    needs_x, needs_weights, needs_h_0, needs_c_0 = ctx.needs_input_grad[:4]
+    needs_x, needs_weights, *needs_states = ctx.needs_input_grad[:4]
+    needs = [needs_x, *needs_states, *needs_weights]
+    d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx.saved_tensors, ctx.options, d_outputs[:3], needs)
+    return d_x, d_weights, d_h_0, d_c_0, *[None] * 6
+
+
+def _gradients(
+    saved: tuple[Any, ...],
+    options: tuple[int, bool, bool],
+    d_outputs: tuple[Tensor | None, ...],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, h_0, c_0 and the weights; None for those that are not needed."""
+    y, gates, cells, layer_outputs, batch_sizes, dropout_mask, x, h_0, c_0, *weights = saved
+    gradients: list[Tensor]
     if torch.is_grad_enabled():  # create_graph=True: a backward that can itself be differentiated
-        d_x, d_h_0, d_c_0, d_weights = _differentiable_backward(
-            (d_y, d_h_n, d_c_n), x, weights, h_0, c_0, batch_sizes, dropout_mask, *ctx.flags
-        )
+        gradients = _differentiable_backward(d_outputs, [x, h_0, c_0, *weights], batch_sizes, dropout_mask, *options)
     else:
-        needs = [int(needs_x), int(needs_h_0 or needs_c_0), *map(int, needs_weights)]
-        d_x, d_h_0, d_c_0, d_weights = _lstm_backward(
-            d_y, d_h_n, d_c_n, x, weights, h_0, c_0, y, gates, cells, layer_outputs, batch_sizes, dropout_mask,
-            *ctx.flags, needs,
-        )  # fmt: skip
-    return (
-        d_x if needs_x else None,
-        [d_w if needed else None for d_w, needed in zip(d_weights, needs_weights, strict=True)],
-        d_h_0 if needs_h_0 else None,
-        d_c_0 if needs_c_0 else None,
-        *[None] * 6,
-    )
+        flags = [int(needs[0]), int(needs[1] or needs[2]), *map(int, needs[3:])]
+        activations = (y, gates, cells, layer_outputs, batch_sizes, dropout_mask)
+        with torch._C._AutoDispatchBelowAutograd():
+            d_x, d_h_0, d_c_0, d_weights = _lstm_backward(
+                *d_outputs, x, weights, h_0, c_0, *activations, *options, flags
+            )
+        gradients = [d_x, d_h_0, d_c_0, *d_weights]
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 
 
 def _differentiable_backward(
     d_outputs: tuple[Tensor | None, ...],
-    x: Tensor,
-    weights: list[Tensor],
-    h_0: Tensor,
-    c_0: Tensor,
+    inputs: list[Tensor],
     batch_sizes: Tensor | None,
     dropout_mask: Tensor | None,
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
-) -> tuple[Any, ...]:
+) -> list[Tensor]:
     """The gradients as a function that autograd can differentiate again: the reference, run anew."""
-    inputs = [x, h_0, c_0, *weights]
     # Aliases, so that the inner gradient stops at this operator's inputs instead of walking on into their history.
-    inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    outputs = reference.lstm(
-        inputs[0],
-        inputs[3:],
-        inputs[1],
-        inputs[2],
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        has_bias=has_bias,
-        batch_sizes=batch_sizes,
-        dropout_mask=dropout_mask,
-    )
+    x, h_0, c_0, *weights = inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+    if h_0.dim() == 2:  # a single step
+        dtype = _compute_dtype(x.dtype)
+        wide = [w.to(dtype) for w in weights]
+        b_ih, b_hh = wide[2:4] if has_bias else (None, None)
+        w_hr = wide[-1] if h_0.size(-1) != c_0.size(-1) else None
+        states = (h_0.to(dtype), c_0.to(dtype))
+        h, c = reference.lstm_cell(x.to(dtype), *states, wide[0], wide[1], b_ih, b_hh, w_hr)
+        outputs = (h.to(x.dtype), h.to(x.dtype), c.to(x.dtype))
+    else:
+        outputs = reference.lstm(
+            x,
+            weights,
+            h_0,
+            c_0,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            has_bias=has_bias,
+            batch_sizes=batch_sizes,
+            dropout_mask=dropout_mask,
+        )
     given = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
-    d_x, d_h_0, d_c_0, *d_weights = torch.autograd.grad(
-        [out for out, _ in given],
-        inputs,
-        [d for _, d in given],
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
+    return list(
+        torch.autograd.grad(
+            [out for out, _ in given],
+            inputs,
+            [d for _, d in given],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
     )
-    return d_x, d_h_0, d_c_0, d_weights
 
 
 def _autocast_kernel(device_type: str, exclude: torch._C.DispatchKeySet) -> Callable[..., Any]:

@@ -9,8 +9,8 @@ to the functions at the end of the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastlstm import _ops
 
 State = tuple[Tensor, Tensor]
+_Result = TypeVar("_Result")
 
 
 def lstm(
@@ -120,7 +121,18 @@ def lstm(
     dropout_mask = None
     if dropout and training and num_layers > 1:
         dropout_mask = _draw_dropout_mask(x, dropout, num_layers - 1, directions * out_size)
-    y, h_n, c_n = _run(x, weights, h_0, c_0, num_layers, bidirectional, bias, batch_sizes, dropout_mask)
+    y, h_n, c_n = _run(
+        _ops.lstm,
+        x,
+        weights,
+        h_0,
+        c_0,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        has_bias=bias,
+        batch_sizes=batch_sizes,
+        dropout_mask=dropout_mask,
+    )
 
     if unbatched:
         return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
@@ -184,39 +196,19 @@ def lstm_cell(
         raise ValueError("bias_ih and bias_hh must be given together, got only one of them")
     if weight_hr is not None:
         weights.append(weight_hr)
-    _, h_n, c_n = _run(
-        x.unsqueeze(0), weights, h.unsqueeze(0), c.unsqueeze(0), 1, False, bias_ih is not None, None, None
-    )
-    return (h_n.view(-1), c_n.view(-1)) if unbatched else (h_n.squeeze(0), c_n.squeeze(0))
+    h, c = _run(_ops.lstm_cell, x, weights, h, c, has_bias=bias_ih is not None)
+    return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
 
 
 def _run(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-    batch_sizes: Tensor | None,
-    dropout_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    kernel: Callable[..., _Result], x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, **options: Any
+) -> _Result:
     device = x.device
     for tensor in (h_0, c_0, *weights):
         if tensor.device != device:
             _raise_device(device, weights, tensor)
     try:
-        return _ops.lstm(
-            x,
-            weights if isinstance(weights, list) else list(weights),
-            h_0,
-            c_0,
-            num_layers=num_layers,
-            bidirectional=bidirectional,
-            has_bias=bias,
-            batch_sizes=batch_sizes,
-            dropout_mask=dropout_mask,
-        )
+        return kernel(x, weights if isinstance(weights, list) else list(weights), h_0, c_0, **options)
     except NotImplementedError as error:
         if device.type in ("cpu", "meta"):
             raise

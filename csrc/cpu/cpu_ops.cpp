@@ -50,38 +50,41 @@ struct Arguments {
   ScalarType type;          // of inputs and outputs
   ScalarType compute_type;  // of everything in between
   int64_t per_direction;    // weights of one direction of one layer
-  bool packed;
-
-  Sizes output_sizes() const {
-    const int64_t width = problem.directions * problem.output_size();
-    return packed ? Sizes{problem.N, width} : Sizes{problem.T, problem.B, width};
-  }
+  Sizes rows;               // leading sizes of x and y: [T, B], packed [N], single step [B]
+  const char* rows_text;
+  Sizes states;  // leading sizes of the states: [L*D, B], single step [B]
 };
 
-Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h_0, const Tensor& c_0,
-                const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& dropout_mask, int64_t num_layers,
-                bool bidirectional, bool has_bias, bool training) {
-  Arguments a;
+Sizes with(Sizes leading, int64_t last) {
+  leading.push_back(last);
+  return leading;
+}
+
+void parse_sizes(Arguments& a, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
+                 const std::optional<Tensor>& batch_sizes) {
   Problem& p = a.problem;
-  p.layers = num_layers;
-  p.directions = bidirectional ? 2 : 1;
-  p.training = training;
-  a.packed = batch_sizes.has_value();
-  FASTLSTM_CHECK(num_layers > 0, "num_layers must be positive, got ", num_layers);
-  FASTLSTM_CHECK(x.dim() == (a.packed ? 2 : 3), "x must be ", a.packed ? "[N, I] with batch_sizes" : "[T, B, I]",
-                 ", got ", shape_text(x.sizes()));
-  FASTLSTM_CHECK(h_0.dim() == 3, "h_0 must be [L*D, B, P], got ", shape_text(h_0.sizes()));
-  FASTLSTM_CHECK(c_0.dim() == 3, "c_0 must be [L*D, B, H], got ", shape_text(c_0.sizes()));
-  const int64_t states = p.layers * p.directions, out = h_0.size(2);
-  p.B = h_0.size(1);
-  p.H = c_0.size(2);
+  const bool single_step = !batch_sizes && h_0.dim() == 2;
+  const int64_t dims = single_step ? 2 : 3;
+  const char* state_text = single_step ? "[B, P or H]" : "[L*D, B, P or H]";
+  a.rows_text = single_step ? "[B, I]" : batch_sizes ? "[sum(batch_sizes), I]" : "[T, B, I]";
+  FASTLSTM_CHECK(h_0.dim() == dims, "h_0 must be ", state_text, ", got ", shape_text(h_0.sizes()));
+  FASTLSTM_CHECK(c_0.dim() == dims, "c_0 must be ", state_text, ", got ", shape_text(c_0.sizes()));
+  FASTLSTM_CHECK(x.dim() == (batch_sizes ? 2 : dims), "x must be ", a.rows_text, ", got ", shape_text(x.sizes()));
+  FASTLSTM_CHECK(!single_step || (p.layers == 1 && p.directions == 1),
+                 "a single step has one layer and one direction, got num_layers = ", p.layers,
+                 ", bidirectional = ", p.directions == 2);
+  const int64_t out = h_0.size(-1);
+  p.B = h_0.size(-2);
+  p.H = c_0.size(-1);
   p.P = out == p.H ? 0 : out;
   p.I = x.size(-1);
-  check_shape("h_0", "[L*D, B, P]", h_0, {states, p.B, out});
-  check_shape("c_0", "[L*D, B, H]", c_0, {states, p.B, p.H});
-  FASTLSTM_CHECK(p.P < p.H || p.P == 0, "h_0 must have at most as many features as c_0, got ", out, " and ", p.H);
+  FASTLSTM_CHECK(out <= p.H, "h_0 must have at most as many features as c_0, got ", out, " and ", p.H);
+  a.states = single_step ? Sizes{p.B} : Sizes{p.layers * p.directions, p.B};
+  check_shape("h_0", state_text, h_0, with(a.states, out));
+  check_shape("c_0", state_text, c_0, with(a.states, p.H));
 
-  if (a.packed) {
+  a.schedule.offsets = {0};
+  if (batch_sizes) {
     FASTLSTM_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_cpu() &&
                        batch_sizes->is_contiguous(),
                    "batch_sizes must be a contiguous int64 vector on the CPU, got shape ",
@@ -90,21 +93,33 @@ Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tenso
     p.T = batch_sizes->size(0);
     FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ",
                    p.T ? sizes[0] : 0);
-    a.schedule.offsets = {0};
     for (int64_t t = 0; t < p.T; ++t) {
       FASTLSTM_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
                      "batch_sizes must be positive and non-increasing, got ", sizes[t], " at step ", t);
       a.schedule.offsets.push_back(a.schedule.offsets.back() + sizes[t]);
     }
-    p.N = a.schedule.rows();
-    check_shape("x", "[sum(batch_sizes), I]", x, {p.N, p.I});
+    a.rows = {a.schedule.rows()};
   } else {
-    p.T = x.size(0);
-    p.N = p.T * p.B;
-    check_shape("x", "[T, B, I]", x, {p.T, p.B, p.I});
-    for (int64_t t = 0; t <= p.T; ++t) a.schedule.offsets.push_back(t * p.B);
+    p.T = single_step ? 1 : x.size(0);
+    a.rows = single_step ? Sizes{p.B} : Sizes{p.T, p.B};
+    for (int64_t t = 1; t <= p.T; ++t) a.schedule.offsets.push_back(t * p.B);
   }
+  p.N = a.schedule.rows();
+  check_shape("x", a.rows_text, x, with(a.rows, p.I));
   FASTLSTM_CHECK(p.T > 0, "x must have at least one time step, got ", shape_text(x.sizes()));
+}
+
+Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h_0, const Tensor& c_0,
+                const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& dropout_mask, int64_t num_layers,
+                bool bidirectional, bool has_bias, bool training) {
+  Arguments a;
+  Problem& p = a.problem;
+  FASTLSTM_CHECK(num_layers > 0, "num_layers must be positive, got ", num_layers);
+  p.layers = num_layers;
+  p.directions = bidirectional ? 2 : 1;
+  p.training = training;
+  parse_sizes(a, x, h_0, c_0, batch_sizes);
+  const int64_t states = p.layers * p.directions, out = p.output_size();
 
   a.type = x.scalar_type();
   FASTLSTM_CHECK(a.type == ScalarType::Float || a.type == ScalarType::Double || a.type == ScalarType::BFloat16 ||
@@ -135,10 +150,9 @@ Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tenso
   if (dropout_mask) {
     check_type("dropout_mask", *dropout_mask);
     FASTLSTM_CHECK(p.layers > 1, "dropout_mask needs num_layers > 1, got ", p.layers);
-    if (a.packed)
-      check_shape("dropout_mask", "[L-1, N, D*P]", *dropout_mask, {p.layers - 1, p.N, p.directions * out});
-    else
-      check_shape("dropout_mask", "[L-1, T, B, D*P]", *dropout_mask, {p.layers - 1, p.T, p.B, p.directions * out});
+    Sizes expected = {p.layers - 1};
+    expected.insert(expected.end(), a.rows.begin(), a.rows.end());
+    check_shape("dropout_mask", "[L-1, *x.shape[:-1], D*P]", *dropout_mask, with(expected, p.directions * out));
   }
   return a;
 }
@@ -176,8 +190,8 @@ ForwardResult forward(const Arguments& a, const Tensor& x, const std::vector<Ten
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, out = p.output_size();
   const auto saved = [&](const Sizes& sizes) { return empty(p.training ? sizes : Sizes{0}, a.compute_type); };
-  const Tensor y = empty(a.output_sizes(), a.compute_type);
-  const Tensor h_n = empty({states, p.B, out}, a.compute_type), c_n = empty({states, p.B, p.H}, a.compute_type);
+  const Tensor y = empty(with(a.rows, p.directions * out), a.compute_type);
+  const Tensor h_n = empty(with(a.states, out), a.compute_type), c_n = empty(with(a.states, p.H), a.compute_type);
   const Tensor gates = saved({states, p.N, kGates * p.H}), cells = saved({states, p.N, p.H});
   const Tensor layer_outputs = saved({p.layers - 1, p.N, p.directions * out});
   if (p.B > 0) {
@@ -221,7 +235,7 @@ BackwardResult backward(const Arguments& a, const OutputGradients& d, const Tens
   const int64_t states = p.layers * p.directions, out = p.output_size();
   // Gradients start as the incoming one where the driver updates in place (states), else uninitialised.
   const auto carry = [&](const std::optional<Tensor>& incoming, int64_t features) {
-    Tensor t = empty({states, p.B, features}, a.compute_type);
+    Tensor t = empty(with(a.states, features), a.compute_type);
     if (incoming)
       torch::stable::copy_(t, *incoming);
     else
@@ -285,16 +299,10 @@ BackwardResult lstm_backward(const std::optional<Tensor> d_y, const std::optiona
   for (const Tensor* t : {&gates, &cells, &layer_outputs})
     FASTLSTM_CHECK(t->scalar_type() == a.compute_type && t->is_contiguous(),
                    "gates, cells and layer_outputs must be passed as the forward pass returned them");
-  const auto check_output = [&](const char* name, const Tensor& t) {
-    if (a.packed)
-      check_shape(name, "[N, D*P]", t, {p.N, width});
-    else
-      check_shape(name, "[T, B, D*P]", t, {p.T, p.B, width});
-  };
-  check_output("y", y);
-  if (d_y) check_output("d_y", *d_y);
-  if (d_h_n) check_shape("d_h_n", "[L*D, B, P]", *d_h_n, {states, p.B, p.output_size()});
-  if (d_c_n) check_shape("d_c_n", "[L*D, B, H]", *d_c_n, {states, p.B, p.H});
+  check_shape("y", "[*x.shape[:-1], D*P]", y, with(a.rows, width));
+  if (d_y) check_shape("d_y", "[*x.shape[:-1], D*P]", *d_y, with(a.rows, width));
+  if (d_h_n) check_shape("d_h_n", "the shape of h_0", *d_h_n, with(a.states, p.output_size()));
+  if (d_c_n) check_shape("d_c_n", "the shape of c_0", *d_c_n, with(a.states, p.H));
   const auto run = a.compute_type == ScalarType::Double ? backward<double> : backward<float>;
   return run(a, {d_y, d_h_n, d_c_n}, x, weights, h_0, c_0, {y, gates, cells, layer_outputs}, dropout_mask, has_bias,
              needs);
