@@ -14,7 +14,8 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 OLDEST_TORCH = (2, 11)
-SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.cpp"))
+SOURCES = sorted(map(str, Path("csrc").rglob("*.cpp")))
+HEADERS = sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.inl")]))
 
 
 def torch_version() -> tuple[int, int]:
@@ -35,6 +36,7 @@ def main() -> None:
     extension = CppExtension(
         "fastlstm._C",
         SOURCES,
+        depends=HEADERS,
         include_dirs=[get_include()],
         extra_compile_args=[
             "-std=c++20",
@@ -48,12 +50,9 @@ def main() -> None:
             f"-DTORCH_TARGET_VERSION={target}",
             f'-DFASTLSTM_TORCH_BUILT="{torch.__version__}"',
         ],
+        extra_link_args=["-Wl,--as-needed"],  # no libtorch_python, whose ABI changes with every torch
     )
-    # BuildExtension compiles through ninja, in parallel; the stable ABI needs no CPython-specific torch libraries.
-    setup(
-        ext_modules=[extension],
-        cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
-    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
 
 
 main()

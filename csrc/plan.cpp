@@ -17,14 +17,15 @@ constexpr double kLibraryCall = 12000;     // one small GEMM through aten
 constexpr double kLibraryRate = 0.85;      // of the FMA peak: a library GEMM with many rows ...
 constexpr double kLibraryStepRate = 0.55;  // ... with as many as a batch ...
 constexpr double kLibraryFewRate = 0.30;   // ... with fewer than 8
-constexpr double kTileRate = 0.90;         // packed register tiles of 4 to 6 rows
+constexpr double kTileRate = 0.85;         // packed register tiles of 4 to 6 rows
 constexpr double kNarrowTileRate = 0.70;   // packed register tiles of 1 to 3 rows
-constexpr double kDotRate = 0.75;          // dot products of infinite length; each ends in a sum over lanes ...
+constexpr double kDotRate = 0.75;          // dot products; each ends in a sum over lanes ...
 constexpr double kDotOverhead = 64;        // ... that costs as much as this many more terms
 constexpr double kL2Bytes = 15;            // bytes per cycle and core from L2 ...
 constexpr double kL3Bytes = 10;            // ... and from L3
-constexpr double kExposed = 0.2;           // part of the smaller of (multiply, read) that the larger does not hide ...
-constexpr double kExposedOnce = 0.5;       // ... and in a single step, where no weight has been touched before
+constexpr double kNarrowL3Bytes = 8;       // ... by packed tiles of 1 to 3 rows, which have little to do meanwhile
+constexpr double kExposedL2 = 0.1;         // part of the smaller of (multiply, read) that the larger does not hide:
+constexpr double kExposedL3 = 0.45;        // reading from L2, and from L3
 constexpr double kPackPerElement = 1.2;    // transposing
 constexpr double kCopyPerElement = 0.4;    // packing a matrix that is already k-major
 constexpr double kCellPerVector = 60;      // one vector of units of one row: five exponentials and as many divisions
@@ -46,36 +47,44 @@ double lanes(const Problem& p, const Machine& m) { return static_cast<double>(m.
 // Multiply-adds per cycle of one core: two FMA pipes, or separate multiplies and adds.
 double peak(const Problem& p, const Machine& m) { return lanes(p, m) * (m.fma ? 2 : 1); }
 
-// Cycles to read this many weight bytes once by one core that keeps `resident` bytes between steps.
-double read_cycles(double bytes, double resident, const Machine& m) {
-  return bytes / (resident <= 0.8 * static_cast<double>(m.l2_bytes) ? cost::kL2Bytes : cost::kL3Bytes);
+// Part of the weights that a core cannot keep in its L2 from one step to the next; all of them in a single step.
+double l3_part(double bytes, const Problem& p, const Machine& m) {
+  return p.T == 1 ? 1 : std::max(0.0, 1 - 0.8 * static_cast<double>(m.l2_bytes) / bytes);
 }
 
-// Threads that find work and rows and units of each.
+// Cycles to read this many weight bytes once by one core.
+double read_cycles(double bytes, double l3_rate, const Problem& p, const Machine& m) {
+  const double from_l3 = l3_part(bytes, p, m);
+  return bytes * (from_l3 / l3_rate + (1 - from_l3) / cost::kL2Bytes);
+}
+
+// Rows and hidden units that the busiest thread has in each step.
 struct Share {
-  double threads, rows, units;
+  double rows, units;
 };
 
 Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) {
-  if (split == Split::kUnits) return {static_cast<double>(m.threads), s.rows, p.directions * s.H / m.threads};
-  const double items = std::min<double>(m.threads, p.directions * std::max(1.0, s.rows));
-  return {items, std::ceil(p.directions * s.rows / items), s.H};
+  const auto directions = static_cast<double>(p.directions), threads = static_cast<double>(m.threads);
+  if (split == Split::kUnits) return {s.rows, directions * s.H / threads};
+  // As the driver cuts them: whole directions first, then the rows of each.
+  const double parts = std::clamp(std::floor(threads / directions), 1.0, std::max(s.rows, 1.0));
+  const double turns = std::ceil(directions * parts / threads);
+  return {std::ceil(s.rows / parts) * turns, s.H};
 }
 
-// Cycles of the products and the cell of one step on one core.
-double step_cycles(const Share& share, double K, double rate, const Problem& p, const Machine& m) {
-  const double multiply = share.rows * share.units * 4 * K / (peak(p, m) * rate);
-  const double bytes = share.units * 4 * K * p.compute_bytes;
+// Cycles of the products and the cell of one step on one core, K terms in each product.
+double step_cycles(Family family, const Share& share, double K, const Problem& p, const Machine& m) {
+  const bool narrow = share.rows < 4, dots = family == Family::kUnpacked;
+  const double outputs = share.rows * share.units * 4;
+  const double rate = peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
+  const double bytes = share.units * 4 * K * static_cast<double>(p.compute_bytes);
   const double passes = std::ceil(share.rows / 96);  // the kernels re-read their weights for each chunk of rows
-  const double read = passes * (p.T > 1 ? read_cycles(bytes, bytes, m) : bytes / cost::kL3Bytes);
-  const double exposed = p.T > 1 ? cost::kExposed : cost::kExposedOnce;
+  const double read = passes * read_cycles(bytes, narrow && !dots ? cost::kNarrowL3Bytes : cost::kL3Bytes, p, m);
+  const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
+  const double multiply = outputs * K / rate;
   return std::max(multiply, read) + exposed * std::min(multiply, read) +
+         (dots ? outputs * cost::kDotOverhead / rate : 0) +
          share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
-}
-
-double product_rate(Family family, double rows, double K) {
-  if (family == Family::kUnpacked) return cost::kDotRate * K / (K + cost::kDotOverhead);
-  return rows >= 4 ? cost::kTileRate : cost::kNarrowTileRate;
 }
 
 // Cycles of one library GEMM: `rows` rows against a weight matrix of K x columns.
@@ -84,7 +93,7 @@ double library_cycles(double rows, double K, double columns, const Problem& p, c
   const double bytes = K * columns * static_cast<double>(p.compute_bytes);
   const double readers = rows >= 8 ? m.threads : 1;  // matrix-vector products run on one thread
   return std::max(rows * K * columns / (m.threads * peak(p, m) * rate),
-                  read_cycles(bytes / readers, bytes / readers, m)) +
+                  read_cycles(bytes / readers, cost::kL3Bytes, p, m)) +
          cost::kLibraryCall;
 }
 
@@ -105,8 +114,7 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
-  double total =
-      s.steps * step_cycles(share, K, product_rate(c.family, share.rows, K), p, m) + (c.bulk_input ? bulk : 0);
+  double total = s.steps * step_cycles(c.family, share, K, p, m) + (c.bulk_input ? bulk : 0);
   if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 2 : 1);
   if (c.family == Family::kPacked)
     total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
@@ -116,7 +124,7 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
 double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
   if (c.family == Family::kStepwise) return s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
-  double total = s.steps * step_cycles(share, s.P, product_rate(c.family, share.rows, s.P), p, m);
+  double total = s.steps * step_cycles(c.family, share, s.P, p, m);
   if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 3 : 1);
   const double pack = static_cast<double>(p.directions) * 4 * s.H * s.P * cost::kCopyPerElement / m.threads;
   return total + pack + cost::kForkJoin;
