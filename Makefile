@@ -3,9 +3,13 @@ PYTHON ?= python3
 # The torch to install. Any version from 2.11 on works, CPU or CUDA build; this is the one the project is tested with.
 TORCH ?= torch==2.13.0
 
+# Committed results of `make bench`, and the README's table and plot.
+RESULTS := benchmarks/results/amd-zen3-2cores
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+TORCH_STAMP := $(VENV)/$(subst =,_,$(TORCH)).installed
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: demo test lint format bench clean
@@ -21,17 +25,17 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
-	$(BIN)/python benchmarks/table.py --check --readme README.md
+	$(BIN)/python benchmarks/table.py $(RESULTS).json --check --readme README.md
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -type f)
 
-# Rewrites the committed results of this machine class and the README's table from them.
+# Name the file after your machine: make bench RESULTS=benchmarks/results/NAME
 bench: $(VENV)/installed
-	$(BIN)/fastlstm bench --shapes all --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
-	$(BIN)/python benchmarks/table.py benchmarks/results/cpu.json --readme README.md
+	$(BIN)/fastlstm bench --shapes all --json $(RESULTS).json
+	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png
 
 clean:
 	rm -rf $(VENV) build fastlstm/*.so fastlstm.egg-info
@@ -41,11 +45,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and the package is built against it, not against one that a build environment would choose.
-$(VENV)/torch: $(VENV)/bin/python
+$(TORCH_STAMP): | $(VENV)/bin/python
 	$(PIP) --upgrade pip "setuptools>=77" wheel "pybind11>=2.13" ninja numpy
 	$(PIP) "$(TORCH)"
+	rm -f $(VENV)/torch*.installed
 	touch $@
 
-$(VENV)/installed $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
+$(VENV)/installed $(VENV)/installed-dev: $(TORCH_STAMP) $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[$(if $(findstring dev,$@),dev,test)]"
 	touch $@

@@ -50,7 +50,8 @@ def main() -> None:
             f"-DTORCH_TARGET_VERSION={target}",
             f'-DFASTLSTM_TORCH_BUILT="{torch.__version__}"',
         ],
-        extra_link_args=["-Wl,--as-needed"],  # no libtorch_python, whose ABI changes with every torch
+        # No libtorch_python, whose ABI changes with every torch.
+        extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
 

@@ -1,7 +1,7 @@
 // The LSTM cell, forward and backward: the only place where its equations stand.
 //
-// Included by the CPU kernels (V is a SIMD vector) and by tests (V is a scalar); written so that CUDA kernels can use
-// it with V = float. `Math` supplies sigmoid and tanh for V. The gate order everywhere is PyTorch's: i, f, g, o.
+// Included by the CPU kernels, where V is a SIMD vector, and written so that CUDA kernels can use it with V = float.
+// `Math` supplies sigmoid and tanh for V. The gate order everywhere is PyTorch's: i, f, g, o.
 //
 // Forward (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000):
 //   i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)

@@ -6,10 +6,14 @@
 //   weights      per layer, then direction: W_ih [4H, I_l], W_hh [4H, P], [b_ih, b_hh [4H]], [W_hr [P, H]]
 //   h_0, c_0     [L*D, B, P], [L*D, B, H]; there is a W_hr exactly where P != H
 //   (a single step of one layer may leave out T and L*D: x [B, I], h_0 [B, P], c_0 [B, H], and results likewise)
-//   dropout_mask [L-1, T, B, D*P] (or [L-1, N, D*P]): factors on the outputs of layers 0 ... L-2 as the next layer
-//   reads them save         whether to keep what lstm_backward needs
-// Returns y [T, B, D*P] (or [N, D*P]), h_n, c_n, and with `save` gates [L*D, N, 4H] (activations i, f, g, o), cells
-// [L*D, N, H] and layer_outputs [L-1, N, D*P] in the compute type (float32 below float64), else three empty tensors.
+//   dropout_mask [L-1, T, B, D*P] (packed: [L-1, N, D*P]): factors on the outputs of layers 0 ... L-2 as the layer
+//   above
+//                reads them
+//   save         whether to keep what lstm_backward needs
+//
+// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, and with `save` gates [L*D, N, 4H] (activations i, f, g, o),
+// cells [L*D, N, H] and layer_outputs [L-1, N, D*P] in the compute type (float32 below float64), else three empty
+// tensors.
 //
 // lstm_backward returns d_x, d_h_0, d_c_0 and one gradient per weight; what `needs` marks with 0 comes back empty.
 // `needs` has an entry for x, one for the states, then one per weight.

@@ -89,7 +89,7 @@ double step_cycles(Family family, const Share& share, double K, const Problem& p
 
 // Cycles of one library GEMM: `rows` rows against a weight matrix of K x columns.
 double library_cycles(double rows, double K, double columns, const Problem& p, const Machine& m) {
-  const double rate = rows >= 64 ? cost::kLibraryRate : rows >= 8 ? cost::kLibraryStepRate : cost::kLibraryFewRate;
+  const double rate = rows >= 512 ? cost::kLibraryRate : rows >= 8 ? cost::kLibraryStepRate : cost::kLibraryFewRate;
   const double bytes = K * columns * static_cast<double>(p.compute_bytes);
   const double readers = rows >= 8 ? m.threads : 1;  // matrix-vector products run on one thread
   return std::max(rows * K * columns / (m.threads * peak(p, m) * rate),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastlstm import _C as _C  # importing it registers the operators
 from fastlstm import reference
@@ -39,7 +40,9 @@ def lstm(
     """
     save = _needs_gradient(x, weights, h_0, c_0)
     options = (batch_sizes, dropout_mask, num_layers, bidirectional, has_bias)
-    if _needs_dispatcher():
+    if _is_transformed():
+        y, h_n, c_n = _reference(x, weights, h_0, c_0, *options)
+    elif _needs_dispatcher():
         y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, *options, save)
     elif save:
         y, h_n, c_n = _LSTMFunction.apply(options, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
@@ -61,6 +64,13 @@ def _needs_gradient(x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor) 
     )
 
 
+def _is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active; the reference serves those."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
 def _needs_dispatcher() -> bool:
     """Whether something stands between this call and the kernel that only the operator's registrations serve.
 
@@ -69,9 +79,42 @@ def _needs_dispatcher() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def _reference(
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor,
+    batch_sizes: Tensor | None,
+    dropout_mask: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator as differentiable PyTorch: what derivatives without a formula of their own are taken of."""
+    if h_0.dim() > 2:
+        return reference.lstm(
+            x,
+            weights,
+            h_0,
+            c_0,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            has_bias=has_bias,
+            batch_sizes=batch_sizes,
+            dropout_mask=dropout_mask,
+        )
+    dtype = _compute_dtype(x.dtype)  # a single step
+    w_ih, w_hh, *wide = (w.to(dtype) for w in weights)
+    b_ih, b_hh = wide[:2] if has_bias else (None, None)
+    w_hr = wide[-1] if h_0.size(-1) != c_0.size(-1) else None
+    h, c = reference.lstm_cell(x.to(dtype), h_0.to(dtype), c_0.to(dtype), w_ih, w_hh, b_ih, b_hh, w_hr)
+    h, c = h.to(x.dtype), c.to(x.dtype)
+    return h, h, c
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -176,6 +219,8 @@ def _gradients(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0 and the weights; None for those that are not needed."""
+    if all(d is None for d in d_outputs):
+        return [None] * len(needs)
     y, gates, cells, layer_outputs, batch_sizes, dropout_mask, x, h_0, c_0, *weights = saved
     gradients: list[Tensor]
     if torch.is_grad_enabled():  # create_graph=True: a backward that can itself be differentiated
@@ -203,26 +248,7 @@ def _differentiable_backward(
     """The gradients as a function that autograd can differentiate again: the reference, run anew."""
     # Aliases, so that the inner gradient stops at this operator's inputs instead of walking on into their history.
     x, h_0, c_0, *weights = inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    if h_0.dim() == 2:  # a single step
-        dtype = _compute_dtype(x.dtype)
-        wide = [w.to(dtype) for w in weights]
-        b_ih, b_hh = wide[2:4] if has_bias else (None, None)
-        w_hr = wide[-1] if h_0.size(-1) != c_0.size(-1) else None
-        states = (h_0.to(dtype), c_0.to(dtype))
-        h, c = reference.lstm_cell(x.to(dtype), *states, wide[0], wide[1], b_ih, b_hh, w_hr)
-        outputs = (h.to(x.dtype), h.to(x.dtype), c.to(x.dtype))
-    else:
-        outputs = reference.lstm(
-            x,
-            weights,
-            h_0,
-            c_0,
-            num_layers=num_layers,
-            bidirectional=bidirectional,
-            has_bias=has_bias,
-            batch_sizes=batch_sizes,
-            dropout_mask=dropout_mask,
-        )
+    outputs = _reference(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias)
     given = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
     return list(
         torch.autograd.grad(

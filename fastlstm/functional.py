@@ -65,10 +65,13 @@ def lstm(
 
     Raises:
         ValueError: ``input`` is neither 2-D nor 3-D, or its dtype is not that of the weights, or the number
-            of weights does not fit ``num_layers``, ``bidirectional`` and ``bias``.
+            of weights does not fit ``num_layers``, ``bidirectional`` and ``bias``, or ``dropout`` is not in
+            [0, 1].
         RuntimeError: a size, dtype or device does not fit, or T = 0.
         NotImplementedError: there is no kernel for the device of the input.
     """
+    if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
+        _raise_no_matrices(weights)
     w_ih = weights[0]
     directions = 2 if bidirectional else 1
     states = num_layers * directions
@@ -119,6 +122,8 @@ def lstm(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     dropout_mask = None
+    if dropout and not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
     if dropout and training and num_layers > 1:
         dropout_mask = _draw_dropout_mask(x, dropout, num_layers - 1, directions * out_size)
     y, h_n, c_n = _run(
@@ -247,6 +252,11 @@ def _check_state_dtype(x: Tensor, h_0: Tensor, c_0: Tensor) -> None:
             raise RuntimeError(f"hidden[{index}] must have the dtype of the input, {x.dtype}, got {state.dtype}")
 
 
+def _raise_no_matrices(weights: Sequence[Tensor]) -> NoReturn:
+    shapes = [list(w.shape) for w in weights[:2]]
+    raise ValueError(f"weights must begin with the matrices w_ih and w_hh, got shapes {shapes}")
+
+
 def _raise_weight_count(weights: Sequence[Tensor], num_layers: int, directions: int, bias: bool) -> NoReturn:
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
     count = 2 + 2 * bias + (out_size != hidden_size)
@@ -283,7 +293,7 @@ def _raise_cell_size(x: Tensor, h: Tensor, c: Tensor, input_size: int, out_size:
     index, state, expected = (0, h, out_size) if h.shape != (x.size(0), out_size) else (1, c, hidden_size)
     if state.size(0) != x.size(0):
         raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
-    raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {expected}")
+    raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {expected}")
 
 
 def _raise_device(device: torch.device, weights: Sequence[Tensor], tensor: Tensor) -> NoReturn:

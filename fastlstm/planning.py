@@ -22,8 +22,8 @@ class Plan:
 
     ``forward`` and ``backward`` name kernel families (``backward`` is None without training).
     ``forward_split`` and ``backward_split`` say what threads divide: ``"rows"`` of the batch (no
-    synchronisation) or hidden ``"units"`` (one per step). ``bulk_input``: x W_ih^T is one GEMM over all
-    steps, not part of each step.
+    synchronisation) or hidden ``"units"`` (threads meet after every step). ``bulk_input``: x W_ih^T is one GEMM
+    over all steps, not part of each step.
     """
 
     forward: str
@@ -74,12 +74,17 @@ def plan(
         training: whether a backward pass follows.
 
     Raises:
-        ValueError: a size is not positive, sizes are missing, or a forced plan cannot run the problem.
+        ValueError: the module is no LSTM, a size is not positive or missing, the dtype is another, or a forced plan
+            cannot run the problem.
     """
     if module is not None:
+        if module.mode != "LSTM":
+            raise ValueError(f"module must be an LSTM, got {type(module).__name__} in mode {module.mode}")
         I, H, P, L = module.input_size, module.hidden_size, module.proj_size, module.num_layers  # noqa: E741
         D = 2 if module.bidirectional else 1
         dtype = next(module.parameters()).dtype
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
     if I is None or H is None:
         raise ValueError("plan needs a module, or I and H")
     for name, value in {"T": T, "B": B, "I": I, "H": H, "L": L}.items():

@@ -274,6 +274,38 @@ def test_backward_twice_gives_the_same() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("trainable", [0, 1, 2])
+def test_lower_layers_are_frozen(trainable: int) -> None:
+    """Backward stops at the lowest layer that needs a gradient; what it computes is not affected."""
+    p = Problem.of(Case(T=3, B=2, I=4, H=5, L=3, D=2, dropout=True))
+    first = trainable * 2 * 4
+    frozen, free = p.weights[:first], [w.requires_grad_() for w in p.weights[first:]]
+    gradients = []
+    for function in (_ops.lstm, reference.lstm):
+        y, _, _ = function(p.x, [*frozen, *free], p.h_0, p.c_0, dropout_mask=p.dropout_mask, **p.options)
+        gradients.append(torch.autograd.grad(y.sum(), free))
+    torch.testing.assert_close(*gradients)
+
+
+def test_undefined_output_gradients_give_undefined_gradients() -> None:
+    """As in nn.LSTM: a zero gradient would let an optimizer with weight decay move the parameters."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, d_y: Tensor) -> None:
+            return None
+
+    p = Problem.of(CASES[1])
+    x = p.x.requires_grad_()
+    y, _, _ = _ops.lstm(x, p.weights, p.h_0, p.c_0, **p.options)
+    Nothing.apply(y).sum().backward()
+    assert x.grad is None
+
+
 def test_a_row_does_not_depend_on_its_batch() -> None:
     p = Problem.of(Case(T=5, B=13, I=9, H=20))
     for plan in ("packed", "unpacked"):
@@ -299,8 +331,8 @@ def test_nan_and_infinity_propagate_as_in_the_reference(value: float) -> None:
                 torch.testing.assert_close(ours, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def test_saturated_gates_are_exact() -> None:
-    """Pre-activations far outside exp's range give gates of exactly 0 and 1, not NaN."""
+def test_saturated_gates() -> None:
+    """Pre-activations far outside exp's range give gates of 1 and, but for the smallest normal number, 0."""
     for dtype in (torch.float32, torch.float64):
         for isa in fastlstm.available_isas():
             weights = [torch.zeros(4 * 5, 1, dtype=dtype), torch.zeros(4 * 5, 5, dtype=dtype)]
@@ -312,6 +344,13 @@ def test_saturated_gates_are_exact() -> None:
                 y, _, c_n = _ops.lstm(torch.ones(1, 1, 1, dtype=dtype), weights, state, state, **options)
             assert torch.equal(c_n, torch.ones_like(c_n))  # i = 1, f = 0, g = 1
             torch.testing.assert_close(y, torch.ones_like(y).tanh(), rtol=1e-6, atol=0)
+            weights[2] = torch.tensor([-1e4, 0.0, 1e4, 1e4], dtype=dtype).repeat_interleave(5)
+            with fastlstm.force(isa=isa):
+                _, _, i = _ops.lstm(
+                    torch.ones(1, 1, 1, dtype=dtype), weights, state, torch.zeros_like(state), **options
+                )
+            smallest = torch.finfo(dtype).smallest_normal
+            assert ((i >= smallest) & (i <= 2 * smallest)).all(), "denormal numbers slow down what comes after"
 
 
 OPERATOR_ERRORS = {
@@ -322,6 +361,8 @@ OPERATOR_ERRORS = {
     "W_ih must have shape \\[4H, I\\] = \\[28, 5\\], got \\[28, 6\\]": {"w": torch.zeros(28, 6)},
     "at least one time step": {"x": torch.zeros(0, 3, 5)},
     "float32, float64, bfloat16 or float16": {"x": torch.zeros(2, 3, 5, dtype=torch.int32)},
+    "at least 1 and at most as many features as c_0, got 0 and 7": {"h_0": torch.zeros(1, 3, 0)},
+    "at least 1 and at most as many features as c_0, got 7 and 0": {"c_0": torch.zeros(1, 3, 0)},
 }
 
 

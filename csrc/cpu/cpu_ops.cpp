@@ -1,7 +1,8 @@
 // The operators on the CPU: tensors in, checks, conversion to the compute type, one call of the driver, tensors out.
 //
-// float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit: inside
-// a stack nothing is rounded to 16 bits, so results are closer to exact than a step-by-step 16-bit LSTM's.
+// float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit, so
+// results are closer to exact than a step-by-step 16-bit LSTM's. (In backward, the gradient of the last layer's W_hh
+// reads h from the rounded y.)
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -78,18 +79,18 @@ void parse_sizes(Arguments& a, const Tensor& x, const Tensor& h_0, const Tensor&
   p.H = c_0.size(-1);
   p.P = out == p.H ? 0 : out;
   p.I = x.size(-1);
-  FASTLSTM_CHECK(out <= p.H, "h_0 must have at most as many features as c_0, got ", out, " and ", p.H);
+  FASTLSTM_CHECK(out >= 1 && out <= p.H, "h_0 must have at least 1 and at most as many features as c_0, got ", out,
+                 " and ", p.H);
   a.states = single_step ? Sizes{p.B} : Sizes{p.layers * p.directions, p.B};
   check_shape("h_0", state_text, h_0, with(a.states, out));
   check_shape("c_0", state_text, c_0, with(a.states, p.H));
 
   a.schedule.offsets = {0};
   if (batch_sizes) {
-    FASTLSTM_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_cpu() &&
-                       batch_sizes->is_contiguous(),
-                   "batch_sizes must be a contiguous int64 vector on the CPU, got shape ",
-                   shape_text(batch_sizes->sizes()));
-    const auto* sizes = static_cast<const int64_t*>(batch_sizes->data_ptr());
+    FASTLSTM_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_cpu(),
+                   "batch_sizes must be an int64 vector on the CPU, got shape ", shape_text(batch_sizes->sizes()));
+    const Tensor contiguous_sizes = as(*batch_sizes, ScalarType::Long);
+    const auto* sizes = static_cast<const int64_t*>(contiguous_sizes.data_ptr());
     p.T = batch_sizes->size(0);
     FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ",
                    p.T ? sizes[0] : 0);

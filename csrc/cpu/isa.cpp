@@ -48,7 +48,7 @@ std::vector<Isa> available_isas() {
 }
 
 template <>
-const Kernels<float>& kernels<float>(Isa isa) {
+const Kernels<float>& kernels<float>([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return avx512::kFloat;
   if (isa == Isa::kAvx2) return avx2::kFloat;
@@ -57,7 +57,7 @@ const Kernels<float>& kernels<float>(Isa isa) {
 }
 
 template <>
-const Kernels<double>& kernels<double>(Isa isa) {
+const Kernels<double>& kernels<double>([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return avx512::kDouble;
   if (isa == Isa::kAvx2) return avx2::kDouble;

@@ -8,8 +8,12 @@
 
 #include "kernels.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#endif
 
 #include "../cell.h"
 
@@ -25,6 +29,10 @@ inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, 
 
 }  // namespace fastlstm::cpu::avx2
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 #endif  // x86-64

@@ -8,8 +8,13 @@
 
 #include "kernels.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), \
+                             apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
+#endif
 
 #include "../cell.h"
 
@@ -25,6 +30,10 @@ inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, 
 
 }  // namespace fastlstm::cpu::avx512
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 #endif  // x86-64

@@ -365,8 +365,15 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
   const Buffer<T> ones(N);
   std::fill_n(ones.data(), N, T(1));
 
+  // Layers below the lowest one that needs a gradient are not visited.
+  int64_t lowest = 0;
+  if (!stack.d_x && !stack.needs_d_h_0) {
+    const auto needed = [](const Weights<T>& w) { return w.w_ih || w.w_hh || w.b_ih || w.b_hh || w.w_hr; };
+    const auto first = std::find_if(stack.d_weights.begin(), stack.d_weights.end(), needed);
+    lowest = (first - stack.d_weights.begin()) / p.directions;
+  }
   const T* d_output = stack.d_y;
-  for (int64_t layer = p.layers - 1; layer >= 0; --layer) {
+  for (int64_t layer = p.layers - 1; layer >= lowest; --layer) {
     const int64_t I = stack.input_size(layer);
     const T* output = layer == p.layers - 1 ? stack.y : stack.layer_outputs + layer * N * width;
     std::vector<BackwardTask<T>> tasks;
@@ -410,7 +417,7 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
       multiply_elements(input, mask, dropped.data(), N * width);
       input = dropped.data();
     }
-    T* const d_input = layer == 0 ? stack.d_x : d_outputs.data() + layer % 2 * N * width;
+    T* const d_input = layer == 0 ? stack.d_x : layer > lowest ? d_outputs.data() + layer % 2 * N * width : nullptr;
     for (int64_t d = 0; d < p.directions; ++d) {
       const int64_t index = layer * p.directions + d;
       const Weights<T>& d_w = stack.d_weights[index];
@@ -426,7 +433,7 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
         matmul<T>(dense(d_w.w_hr, P, H), dense<const T>(tasks[d].d_projected, N, P).transposed(),
                   dense<const T>(tasks[d].hidden, N, H));
     }
-    if (mask) multiply_elements<T>(d_input, mask, d_input, N * width);
+    if (mask && d_input) multiply_elements<T>(d_input, mask, d_input, N * width);
     d_output = d_input;
   }
 }

@@ -16,8 +16,8 @@ struct VecTraits<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   static constexpr float kLn2High = 0.693359375f;  // ln 2 in two parts; n * kLn2High is exact for |n| < 2^15
   static constexpr float kLn2Low = -2.12194440054690583e-4f;
-  static constexpr float kExpMin = -87.0f;  // 2^n stays a normal number between these
-  static constexpr float kExpMax = 88.0f;
+  static constexpr float kExpMin = -87.0f;  // e^x and 1 / e^x are normal numbers between these
+  static constexpr float kExpMax = 87.0f;
   static constexpr int kTaylorDegree = 7;  // (ln 2 / 2)^8 / 8! = 5e-9, a tenth of an ulp
 };
 
@@ -31,7 +31,7 @@ struct VecTraits<double> {
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kExpMin = -708.0;
-  static constexpr double kExpMax = 709.0;
+  static constexpr double kExpMax = 708.0;
   static constexpr int kTaylorDegree = 13;  // (ln 2 / 2)^14 / 14! = 4e-18
 };
 

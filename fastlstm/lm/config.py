@@ -60,14 +60,14 @@ class Config:
     dropout_output: float = 0.0
     sequence_length: int = 100
     batch_size: int = 32
-    steps: int = 1000
+    steps: int = 600
     learning_rate: float = 0.02
     warmup_steps: int = 20
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     validation_fraction: float = 0.05
-    evaluate_every: int = 250
-    save_every: int = 250
+    evaluate_every: int = 200
+    save_every: int = 200
     seed: int = 1
     lstm: str = "fastlstm"
 
