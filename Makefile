@@ -25,7 +25,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
-	$(BIN)/python benchmarks/table.py $(RESULTS).json --check --readme README.md
+	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png --check
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
