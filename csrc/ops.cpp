@@ -6,9 +6,8 @@
 //   weights      per layer, then direction: W_ih [4H, I_l], W_hh [4H, P], [b_ih, b_hh [4H]], [W_hr [P, H]]
 //   h_0, c_0     [L*D, B, P], [L*D, B, H]; there is a W_hr exactly where P != H
 //   (a single step of one layer may leave out T and L*D: x [B, I], h_0 [B, P], c_0 [B, H], and results likewise)
-//   dropout_mask [L-1, T, B, D*P] (packed: [L-1, N, D*P]): factors on the outputs of layers 0 ... L-2 as the layer
-//   above
-//                reads them
+//   dropout_mask [L-1, T, B, D*P] (packed: [L-1, N, D*P]): factors on the outputs of all layers but the last, as the
+//                layer above reads them
 //   save         whether to keep what lstm_backward needs
 //
 // Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, and with `save` gates [L*D, N, 4H] (activations i, f, g, o),

@@ -26,6 +26,7 @@ constexpr double kL3Bytes = 10;            // ... and from L3
 constexpr double kNarrowL3Bytes = 8;       // ... by packed tiles of 1 to 3 rows, which have little to do meanwhile
 constexpr double kExposedL2 = 0.1;         // part of the smaller of (multiply, read) that the larger does not hide:
 constexpr double kExposedL3 = 0.45;        // reading from L2, and from L3
+constexpr double kChunkRows = 96;          // as in cpu/recurrent.inl, which reads the weights anew for each chunk
 constexpr double kPackPerElement = 1.2;    // transposing
 constexpr double kCopyPerElement = 0.4;    // packing a matrix that is already k-major
 constexpr double kCellPerVector = 60;      // one vector of units of one row: five exponentials and as many divisions
@@ -78,7 +79,7 @@ double step_cycles(Family family, const Share& share, double K, const Problem& p
   const double outputs = share.rows * share.units * 4;
   const double rate = peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
   const double bytes = share.units * 4 * K * static_cast<double>(p.compute_bytes);
-  const double passes = std::ceil(share.rows / 96);  // the kernels re-read their weights for each chunk of rows
+  const double passes = std::ceil(share.rows / cost::kChunkRows);
   const double read = passes * read_cycles(bytes, narrow && !dots ? cost::kNarrowL3Bytes : cost::kL3Bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;

@@ -96,25 +96,21 @@ def _reference(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator as differentiable PyTorch: what derivatives without a formula of their own are taken of."""
-    if h_0.dim() > 2:
-        return reference.lstm(
-            x,
-            weights,
-            h_0,
-            c_0,
-            num_layers=num_layers,
-            bidirectional=bidirectional,
-            has_bias=has_bias,
-            batch_sizes=batch_sizes,
-            dropout_mask=dropout_mask,
-        )
-    dtype = _compute_dtype(x.dtype)  # a single step
-    w_ih, w_hh, *wide = (w.to(dtype) for w in weights)
-    b_ih, b_hh = wide[:2] if has_bias else (None, None)
-    w_hr = wide[-1] if h_0.size(-1) != c_0.size(-1) else None
-    h, c = reference.lstm_cell(x.to(dtype), h_0.to(dtype), c_0.to(dtype), w_ih, w_hh, b_ih, b_hh, w_hr)
-    h, c = h.to(x.dtype), c.to(x.dtype)
-    return h, h, c
+    single_step = h_0.dim() == 2
+    if single_step:
+        x, h_0, c_0 = x.unsqueeze(0), h_0.unsqueeze(0), c_0.unsqueeze(0)
+    y, h_n, c_n = reference.lstm(
+        x,
+        weights,
+        h_0,
+        c_0,
+        num_layers=num_layers,
+        bidirectional=bidirectional,
+        has_bias=has_bias,
+        batch_sizes=batch_sizes,
+        dropout_mask=dropout_mask,
+    )
+    return (y.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)) if single_step else (y, h_n, c_n)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
