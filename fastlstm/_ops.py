@@ -1,14 +1,14 @@
 """The registered operators: fakes, autograd and autocast around the compiled kernels.
 
-The only user of ``torch.ops.fastlstm``. ``functional.py`` calls :func:`lstm` with checked arguments in the
-operator's layout; the schemas stand in ``csrc/ops.cpp``. One call is a whole stack, so that a kernel may overlap
+The only user of ``torch.ops.fastlstm``. ``functional.py`` calls :func:`lstm` with arguments in the operator's
+layout; the schemas stand in ``csrc/ops.cpp``. One call is a whole stack, so that a kernel may overlap
 directions and layers and ``torch.compile`` sees one node.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlstm import _C as _C  # importing it registers the operators
-from fastlstm import reference
+from fastlstm import checks, reference
 
 _lstm = torch.ops.fastlstm.lstm.default
 _lstm_backward = torch.ops.fastlstm.lstm_backward.default
@@ -24,72 +24,57 @@ _lstm_backward = torch.ops.fastlstm.lstm_backward.default
 
 def lstm(
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor,
-    *,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    dropout_mask: Tensor | None,
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
-    batch_sizes: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a stack; shapes as in :func:`fastlstm.reference.lstm`.
+    """Run a stack; shapes as in :func:`fastlstm.reference.lstm`, or of a single step as in ``csrc/ops.cpp``.
 
     What backward needs is saved if and only if a gradient can be asked for, whatever mode a module is in.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message is the operator's.
     """
-    save = _needs_gradient(x, weights, h_0, c_0)
-    options = (batch_sizes, dropout_mask, num_layers, bidirectional, has_bias)
-    if _is_transformed():
-        y, h_n, c_n = _reference(x, weights, h_0, c_0, *options)
-    elif _needs_dispatcher():
-        y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, *options, save)
-    elif save:
-        y, h_n, c_n = _LSTMFunction.apply(options, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, *_ = _lstm(x, weights, h_0, c_0, *options, False)
-    return y, h_n, c_n
-
-
-def lstm_cell(x: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """One step of one layer; shapes as in :func:`fastlstm.reference.lstm_cell`."""
-    _, h, c = lstm(x, weights, h, c, num_layers=1, bidirectional=False, has_bias=has_bias)
-    return h, c
-
-
-def _needs_gradient(x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor) -> bool:
-    return torch.is_grad_enabled() and (
+    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias)
+    save = torch.is_grad_enabled() and (
         x.requires_grad or h_0.requires_grad or c_0.requires_grad or any(w.requires_grad for w in weights)
     )
-
-
-def _is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active; the reference serves those."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
-
-
-def _needs_dispatcher() -> bool:
-    """Whether something stands between this call and the kernel that only the operator's registrations serve.
-
-    Otherwise the call goes to the kernel through :class:`_LSTMFunction`: the Python around an operator's registered
-    autograd doubles the forward time of a small cell in training.
-    """
-    return (
+    # What stands between this call and the kernel that only the operator's registrations serve.
+    if (
         torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
-    )
+    ):
+        y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, save)
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        _check(x, weights, h_0, c_0, *options)
+        y, h_n, c_n = _reference(x, weights, h_0, c_0, *options)
+    elif save:
+        # The Python around an operator's registered autograd doubles the forward time of a small cell in training.
+        y, h_n, c_n = _LSTMFunction.apply(options, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+    elif torch.is_inference_mode_enabled():
+        y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, False)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, False)
+    return y, h_n, c_n
 
 
 def _reference(
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
     dropout_mask: Tensor | None,
     num_layers: int,
     bidirectional: bool,
@@ -99,6 +84,7 @@ def _reference(
     single_step = h_0.dim() == 2
     if single_step:
         x, h_0, c_0 = x.unsqueeze(0), h_0.unsqueeze(0), c_0.unsqueeze(0)
+        reset_mask = reset_mask if reset_mask is None else reset_mask.unsqueeze(0)
     y, h_n, c_n = reference.lstm(
         x,
         weights,
@@ -108,13 +94,34 @@ def _reference(
         bidirectional=bidirectional,
         has_bias=has_bias,
         batch_sizes=batch_sizes,
+        lengths=lengths,
+        reset_mask=reset_mask,
         dropout_mask=dropout_mask,
     )
     return (y.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)) if single_step else (y, h_n, c_n)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    dropout_mask: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    has_bias: bool,
+) -> None:
+    """The checks that a kernel makes, where none runs."""
+    if batch_sizes is None and h_0.dim() == 2:
+        checks.check_lstm_cell(x, weights, h_0, c_0, has_bias)
+    else:
+        # The number of packed sequences is a value of batch_sizes, which a fake tensor does not have.
+        batch = h_0.size(1) if batch_sizes is not None else x.size(1)
+        structure = (num_layers, bidirectional, has_bias)
+        checks.check_lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure, batch=batch)
 
 
 def _lstm_fake(
@@ -123,26 +130,23 @@ def _lstm_fake(
     h_0: Tensor,
     c_0: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
     dropout_mask: Tensor | None,
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
     save: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias)
+    _check(x, weights, h_0, c_0, *options)
     directions = 2 if bidirectional else 1
-    out, hidden = h_0.size(-1), c_0.size(-1)
-    states = num_layers * directions
-    rows = math.prod(x.shape[:-1])
-    y = x.new_empty(*x.shape[:-1], directions * out)
-    h_n, c_n = x.new_empty(h_0.shape), x.new_empty(c_0.shape)
-    saved_shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
-    if save:
-        saved_shapes = (
-            (states, rows, 4 * hidden),
-            (states, rows, hidden),
-            (num_layers - 1, rows, directions * out),
-        )
-    return y, h_n, c_n, *(x.new_empty(shape, dtype=_compute_dtype(x.dtype)) for shape in saved_shapes)
+    width, hidden = directions * h_0.size(-1), c_0.size(-1)
+    states, rows = num_layers * directions, math.prod(x.shape[:-1])
+    saved_shapes = [(states, rows, 4 * hidden), (states, rows, hidden), (num_layers - 1, rows, width)] if save else []
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    saved = [x.new_empty(shape, dtype=dtype) for shape in saved_shapes]
+    return x.new_empty(*x.shape[:-1], width), x.new_empty(h_0.shape), x.new_empty(c_0.shape), saved
 
 
 def _lstm_backward_fake(
@@ -154,10 +158,10 @@ def _lstm_backward_fake(
     h_0: Tensor,
     c_0: Tensor,
     y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    layer_outputs: Tensor,
+    saved: list[Tensor],
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
     dropout_mask: Tensor | None,
     num_layers: int,
     bidirectional: bool,
@@ -171,6 +175,11 @@ def _lstm_backward_fake(
     return gradient(x, needs[0]), gradient(h_0, needs[1]), gradient(c_0, needs[1]), d_weights
 
 
+# What backward is given beside the operator's tensors: batch_sizes, lengths, reset_mask and dropout_mask, which are
+# saved as tensors, then num_layers, bidirectional and has_bias.
+_TENSOR_OPTIONS = 4
+
+
 class _LSTMFunction(torch.autograd.Function):
     """The operator and its gradient, as a function of (options, x, h_0, c_0, *weights)."""
 
@@ -178,73 +187,68 @@ class _LSTMFunction(torch.autograd.Function):
     def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
         x, h_0, c_0, *weights = inputs
         with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, *saved = _lstm(x, weights, h_0, c_0, *options, True)
-        ctx.options = options[2:]
+            y, h_n, c_n, saved = _lstm(x, weights, h_0, c_0, *options, True)
+        ctx.structure = options[_TENSOR_OPTIONS:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, *saved, *options[:2], *inputs)
+        ctx.save_for_backward(y, *saved, *options[:_TENSOR_OPTIONS], *inputs)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx.saved_tensors, ctx.options, d_outputs, ctx.needs_input_grad[1:])
+        return None, *_gradients(ctx.saved_tensors, ctx.structure, d_outputs, ctx.needs_input_grad[1:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, weights, h_0, c_0, *options, save = inputs
-    y, _h_n, _c_n, *saved = output
+    y, _h_n, _c_n, saved = output
     ctx.save = save
-    ctx.options = options[2:]
+    ctx.structure = options[_TENSOR_OPTIONS:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(y, *saved, *options[:2], x, h_0, c_0, *weights)
+    ctx.save_for_backward(y, *saved, *options[:_TENSOR_OPTIONS], x, h_0, c_0, *weights)
 
 
-def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
     if not ctx.save:
         raise RuntimeError("fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True")
     needs_x, needs_weights, *needs_states = ctx.needs_input_grad[:4]
     needs = [needs_x, *needs_states, *needs_weights]
-    d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx.saved_tensors, ctx.options, d_outputs[:3], needs)
-    return d_x, d_weights, d_h_0, d_c_0, *[None] * 6
+    d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx.saved_tensors, ctx.structure, d_outputs[:3], needs)
+    return d_x, d_weights, d_h_0, d_c_0, *[None] * 8
 
 
 def _gradients(
-    saved: tuple[Any, ...],
-    options: tuple[int, bool, bool],
+    tensors: tuple[Any, ...],
+    structure: tuple[int, bool, bool],
     d_outputs: tuple[Tensor | None, ...],
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The gradients of x, h_0, c_0 and the weights; None for those that are not needed."""
     if all(d is None for d in d_outputs):
         return [None] * len(needs)
-    y, gates, cells, layer_outputs, batch_sizes, dropout_mask, x, h_0, c_0, *weights = saved
+    y, *saved = tensors[:4]
+    tensor_options, inputs = tensors[4 : 4 + _TENSOR_OPTIONS], tensors[4 + _TENSOR_OPTIONS :]
     gradients: list[Tensor]
     if torch.is_grad_enabled():  # create_graph=True: a backward that can itself be differentiated
-        gradients = _differentiable_backward(d_outputs, [x, h_0, c_0, *weights], batch_sizes, dropout_mask, *options)
+        gradients = _differentiable_backward(d_outputs, inputs, (*tensor_options, *structure))
     else:
+        x, h_0, c_0, *weights = inputs
         flags = [int(needs[0]), int(needs[1] or needs[2]), *map(int, needs[3:])]
-        activations = (y, gates, cells, layer_outputs, batch_sizes, dropout_mask)
         with torch._C._AutoDispatchBelowAutograd():
             d_x, d_h_0, d_c_0, d_weights = _lstm_backward(
-                *d_outputs, x, weights, h_0, c_0, *activations, *options, flags
+                *d_outputs, x, weights, h_0, c_0, y, saved, *tensor_options, *structure, flags
             )
         gradients = [d_x, d_h_0, d_c_0, *d_weights]
     return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 
 
 def _differentiable_backward(
-    d_outputs: tuple[Tensor | None, ...],
-    inputs: list[Tensor],
-    batch_sizes: Tensor | None,
-    dropout_mask: Tensor | None,
-    num_layers: int,
-    bidirectional: bool,
-    has_bias: bool,
+    d_outputs: tuple[Tensor | None, ...], inputs: Sequence[Tensor], options: tuple[Any, ...]
 ) -> list[Tensor]:
     """The gradients as a function that autograd can differentiate again: the reference, run anew."""
     # Aliases, so that the inner gradient stops at this operator's inputs instead of walking on into their history.
     x, h_0, c_0, *weights = inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    outputs = _reference(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias)
+    outputs = _reference(x, weights, h_0, c_0, *options)
     given = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
     return list(
         torch.autograd.grad(
@@ -267,6 +271,8 @@ def _autocast_kernel(device_type: str, exclude: torch._C.DispatchKeySet) -> Call
         h_0: Tensor,
         c_0: Tensor,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset_mask: Tensor | None,
         dropout_mask: Tensor | None,
         *flags: Any,
     ) -> Any:
@@ -277,7 +283,8 @@ def _autocast_kernel(device_type: str, exclude: torch._C.DispatchKeySet) -> Call
 
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             mask = None if dropout_mask is None else cast(dropout_mask)
-            return _lstm(cast(x), [cast(w) for w in weights], cast(h_0), cast(c_0), batch_sizes, mask, *flags)
+            options = (batch_sizes, lengths, reset_mask, mask, *flags)
+            return _lstm(cast(x), [cast(w) for w in weights], cast(h_0), cast(c_0), *options)
 
     return kernel
 

@@ -1,24 +1,22 @@
 """Stateless LSTM: :func:`lstm` for a stack over a sequence, :func:`lstm_cell` for a single step.
 
 The modules call these two functions, and so may anyone who keeps the weights elsewhere. They bring the
-caller's layout (``batch_first``, no batch dimension, no initial state) into the one layout of the operator,
-check the arguments with :class:`torch.nn.LSTM`'s messages and draw the dropout masks. A step of streaming
-inference costs one call of :func:`lstm`, so the checks compare a few sizes and leave the wording of an error
-to the functions at the end of the file.
+caller's layout (``batch_first``, no batch dimension, no initial state) into the one layout of the operator and
+draw the dropout masks. What does not fit is refused by the operator; only then do the checks of
+:mod:`fastlstm.checks` look for the mistake, to name it as nn.LSTM does: a step of streaming inference has no
+time for checking everything twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from fastlstm import _ops
+from fastlstm import _ops, checks
 
 State = tuple[Tensor, Tensor]
-_Result = TypeVar("_Result")
 
 
 def lstm(
@@ -33,6 +31,8 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Run a stack of L = ``num_layers`` LSTM layers in D directions over a sequence.
 
@@ -58,6 +58,13 @@ def lstm(
         training: whether dropout applies.
         batch_sizes: ``batch_sizes`` of a :class:`torch.nn.utils.rnn.PackedSequence`: int64 ``[T]`` on the
             CPU, non-increasing. The states are then in the order of the sorted sequences.
+        lengths: int64 ``[B]`` in any order, each in [0, T]: the steps of each sequence of a padded input, in
+            place of packing. The output is zero behind a sequence's end; the final states are those of its last
+            step, for a sequence of no steps the initial ones; the reverse direction begins at its last step.
+        reset_mask: bool, shaped like the input without its features (``[T, B]``, with ``batch_first``
+            ``[B, T]``, ...): where true, both states are zero *before* that step, as at the first step of an
+            episode. The mask cuts a sequence into pieces, so the reverse direction begins anew too: at the
+            last step of each piece.
 
     Returns:
         ``(output, (h_n, c_n))``: the output shaped like the input with D * Hout features, the final states
@@ -70,74 +77,46 @@ def lstm(
         RuntimeError: a size, dtype or device does not fit, or T = 0.
         NotImplementedError: there is no kernel for the device of the input.
     """
-    if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
-        _raise_no_matrices(weights)
-    w_ih = weights[0]
-    directions = 2 if bidirectional else 1
-    states = num_layers * directions
-    hidden_size = w_ih.size(0) // 4
-    out_size = weights[1].size(1)
-    if len(weights) != states * (2 + 2 * bias + (out_size != hidden_size)):
-        _raise_weight_count(weights, num_layers, directions, bias)
-
-    unbatched = False
+    x, unbatched = input, False
     if batch_sizes is not None:
-        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-            _raise_batch_sizes(batch_sizes)
-        x, steps = input, batch_sizes.size(0)
-        batch = int(batch_sizes[0]) if steps else 0
-        if x.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
+        checks.check_batch_sizes(batch_sizes)
     else:
-        unbatched = input.dim() == 2
+        rank = input.dim()
+        unbatched = rank == 2
         if unbatched:
             x = input.unsqueeze(1)
-        elif input.dim() == 3:
-            x = input.transpose(0, 1) if batch_first else input
-        else:
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        steps, batch, _ = x.shape
-
+            reset_mask = reset_mask if reset_mask is None else reset_mask.unsqueeze(-1)
+        elif rank != 3:
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+        elif batch_first:
+            x = input.transpose(0, 1)
+            reset_mask = reset_mask if reset_mask is None else reset_mask.t()
     if hx is None:
-        c_0 = x.new_zeros(states, batch, hidden_size)
-        h_0 = c_0 if out_size == hidden_size else x.new_zeros(states, batch, out_size)
-        if x.size(-1) != w_ih.size(1) or x.dtype != w_ih.dtype:
-            _check_input(x, w_ih)
+        h_0, c_0 = _zero_states(x, weights, batch_sizes, num_layers, bidirectional, bias)
     else:
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
         h_0, c_0 = hx
-        if batch_sizes is None and not h_0.dim() == c_0.dim() == input.dim():
-            _raise_state_dim(input, h_0, c_0)
         if unbatched:
+            _check_state_rank(input, h_0, c_0)
             h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
-        if x.size(-1) != w_ih.size(1) or not x.dtype == w_ih.dtype == h_0.dtype == c_0.dtype:
-            _check_input(x, w_ih)
-            _check_state_dtype(x, h_0, c_0)
-        if h_0.shape != (states, batch, out_size):
-            raise RuntimeError(f"Expected hidden[0] size {(states, batch, out_size)}, got {list(h_0.shape)}")
-        if c_0.shape != (states, batch, hidden_size):
-            raise RuntimeError(f"Expected hidden[1] size {(states, batch, hidden_size)}, got {list(c_0.shape)}")
-    if steps == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
+    if lengths is not None:
+        lengths = lengths.to(x.device)
+    structure = (num_layers, bidirectional, bias)
     dropout_mask = None
-    if dropout and not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
-    if dropout and training and num_layers > 1:
-        dropout_mask = _draw_dropout_mask(x, dropout, num_layers - 1, directions * out_size)
-    y, h_n, c_n = _run(
-        _ops.lstm,
-        x,
-        weights,
-        h_0,
-        c_0,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        has_bias=bias,
-        batch_sizes=batch_sizes,
-        dropout_mask=dropout_mask,
-    )
+    if dropout:
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        if training and num_layers > 1:
+            # Before the draw: a call that fails leaves the generator as it was.
+            _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure)
+            dropout_mask = _draw_dropout_mask(x, dropout, num_layers - 1, (1 + bidirectional) * h_0.size(-1))
+
+    try:
+        y, h_n, c_n = _ops.lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, *structure)
+    except RuntimeError as error:
+        _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure)
+        _raise_again(error, x)
 
     if unbatched:
         return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
@@ -172,28 +151,9 @@ def lstm_cell(
         RuntimeError: a size, dtype or device does not fit.
         NotImplementedError: there is no kernel for the device of the input.
     """
-    if input.dim() not in (1, 2):
-        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    unbatched = input.dim() == 1
-    x = input.unsqueeze(0) if unbatched else input
-    hidden_size, out_size = weight_ih.size(0) // 4, weight_hh.size(1)
-    if hx is None:
-        c = x.new_zeros(x.size(0), hidden_size)
-        h = c if out_size == hidden_size else x.new_zeros(x.size(0), out_size)
-    else:
-        if len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = hx
-        if h.dim() not in (1, 2) or c.dim() not in (1, 2):
-            _raise_cell_state_dim(h, c)
-        if unbatched:
-            h, c = h.unsqueeze(0), c.unsqueeze(0)
-    if x.size(1) != weight_ih.size(1) or h.shape != (x.size(0), out_size) or c.shape != (x.size(0), hidden_size):
-        _raise_cell_size(x, h, c, weight_ih.size(1), out_size, hidden_size)
-    if not x.dtype == weight_ih.dtype == h.dtype == c.dtype:
-        _check_input(x, weight_ih)
-        _check_state_dtype(x, h, c)
-
+    rank = input.dim()
+    if rank not in (1, 2):
+        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {rank}D instead")
     weights = [weight_ih, weight_hh]
     if bias_ih is not None and bias_hh is not None:
         weights += (bias_ih, bias_hh)
@@ -201,25 +161,49 @@ def lstm_cell(
         raise ValueError("bias_ih and bias_hh must be given together, got only one of them")
     if weight_hr is not None:
         weights.append(weight_hr)
-    h, c = _run(_ops.lstm_cell, x, weights, h, c, has_bias=bias_ih is not None)
-    return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
+    bias = bias_ih is not None
 
-
-def _run(
-    kernel: Callable[..., _Result], x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, **options: Any
-) -> _Result:
-    device = x.device
-    for tensor in (h_0, c_0, *weights):
-        if tensor.device != device:
-            _raise_device(device, weights, tensor)
+    x = input if rank == 2 else input.unsqueeze(0)
+    if hx is None:
+        h, c = (state.squeeze(0) for state in _zero_states(x.unsqueeze(0), weights, None, 1, False, bias))
+    else:
+        if len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        h, c = hx
+        if rank == 1:
+            h, c = h.unsqueeze(0), c.unsqueeze(0)
     try:
-        return kernel(x, weights if isinstance(weights, list) else list(weights), h_0, c_0, **options)
-    except NotImplementedError as error:
-        if device.type in ("cpu", "meta"):
-            raise
-        raise NotImplementedError(
-            f"this build of fastlstm has no LSTM kernel for tensors on {device}; move them to the CPU"
-        ) from error
+        _, h_1, c_1 = _ops.lstm(x, weights, h, c, None, None, None, None, 1, False, bias)
+    except RuntimeError as error:
+        for index, state in enumerate(hx or ()):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead") from None
+        checks.check_lstm_cell(x, weights, h, c, bias)
+        _raise_again(error, x)
+    return (h_1, c_1) if rank == 2 else (h_1.squeeze(0), c_1.squeeze(0))
+
+
+def _zero_states(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+) -> State:
+    directions = 2 if bidirectional else 1
+    checks.check_weights(weights, num_layers, directions, bias)
+    states, batch = num_layers * directions, _batch(x, batch_sizes)
+    hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
+    c_0 = x.new_zeros(states, batch, hidden_size)
+    return (c_0 if out_size == hidden_size else x.new_zeros(states, batch, out_size)), c_0
+
+
+def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
+    """B of the operator's layout."""
+    if batch_sizes is None:
+        return x.size(1)
+    return int(batch_sizes[0]) if batch_sizes.size(0) else 0
 
 
 def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tensor:
@@ -234,71 +218,37 @@ def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tenso
     return mask.div_(1 - p)
 
 
-def _check_input(x: Tensor, w_ih: Tensor) -> None:
-    if x.dtype != w_ih.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
-            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
+def _check(
+    input: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    *structure: Any,
+) -> None:
+    """Raise for what is wrong with the arguments of :func:`lstm`, if anything is."""
+    if batch_sizes is None and input.dim() == 3:
+        _check_state_rank(input, h_0, c_0)
+    checks.check_lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure, batch=_batch(x, batch_sizes))
+
+
+def _check_state_rank(input: Tensor, h_0: Tensor, c_0: Tensor) -> None:
+    rank = input.dim()
+    if not h_0.dim() == c_0.dim() == rank:
+        kind = "unbatched" if rank == 2 else "batched"
+        raise RuntimeError(
+            f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
+            f"but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
         )
-    if x.size(-1) != w_ih.size(1):
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.size(1)}, got {x.size(-1)}")
 
 
-def _check_state_dtype(x: Tensor, h_0: Tensor, c_0: Tensor) -> None:
-    if torch.is_autocast_enabled(x.device.type):
-        return
-    for index, state in enumerate((h_0, c_0)):
-        if state.dtype != x.dtype:
-            raise RuntimeError(f"hidden[{index}] must have the dtype of the input, {x.dtype}, got {state.dtype}")
-
-
-def _raise_no_matrices(weights: Sequence[Tensor]) -> NoReturn:
-    shapes = [list(w.shape) for w in weights[:2]]
-    raise ValueError(f"weights must begin with the matrices w_ih and w_hh, got shapes {shapes}")
-
-
-def _raise_weight_count(weights: Sequence[Tensor], num_layers: int, directions: int, bias: bool) -> NoReturn:
-    hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
-    count = 2 + 2 * bias + (out_size != hidden_size)
-    raise ValueError(
-        f"weights must hold num_layers * directions * {count} = {num_layers} * {directions} * {count} = "
-        f"{num_layers * directions * count} tensors (bias={bias}, hidden size {hidden_size}, "
-        f"output size {out_size}), got {len(weights)}"
-    )
-
-
-def _raise_batch_sizes(batch_sizes: Tensor) -> NoReturn:
-    raise RuntimeError(
-        "batch_sizes must be a 1-D int64 tensor on the CPU, "
-        f"got a {batch_sizes.dim()}-D {batch_sizes.dtype} tensor on {batch_sizes.device}"
-    )
-
-
-def _raise_state_dim(input: Tensor, h_0: Tensor, c_0: Tensor) -> NoReturn:
-    kind = "unbatched" if input.dim() == 2 else "batched"
-    raise RuntimeError(
-        f"For {kind} {input.dim()}-D input, hx and cx should also be {input.dim()}-D "
-        f"but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
-    )
-
-
-def _raise_cell_state_dim(h: Tensor, c: Tensor) -> NoReturn:
-    index, state = (0, h) if h.dim() not in (1, 2) else (1, c)
-    raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
-
-
-def _raise_cell_size(x: Tensor, h: Tensor, c: Tensor, input_size: int, out_size: int, hidden_size: int) -> NoReturn:
-    if x.size(1) != input_size:
-        raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {input_size}")
-    index, state, expected = (0, h, out_size) if h.shape != (x.size(0), out_size) else (1, c, hidden_size)
-    if state.size(0) != x.size(0):
-        raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
-    raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {expected}")
-
-
-def _raise_device(device: torch.device, weights: Sequence[Tensor], tensor: Tensor) -> NoReturn:
-    name = "parameter" if any(tensor is w for w in weights) else "hidden"
-    raise RuntimeError(
-        f"Input and {name} tensors are not at the same device, "
-        f"found input tensor at {device} and {name} tensor at {tensor.device}"
-    )
+def _raise_again(error: RuntimeError, x: Tensor) -> NoReturn:
+    """Raise what the operator raised, unless the dispatcher's own words can be made clearer."""
+    if isinstance(error, NotImplementedError) and x.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"this build of fastlstm has no LSTM kernel for tensors on {x.device}; move them to the CPU"
+        ) from error
+    raise error

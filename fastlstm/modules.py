@@ -91,18 +91,39 @@ class FastLSTM(nn.RNNBase):
         )
 
     @overload
-    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+    ) -> tuple[Tensor, State]: ...
 
     @overload
-    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
+    def forward(
+        self, input: PackedSequence, hx: State | None = None, *, reset_mask: PackedSequence | None = None
+    ) -> tuple[PackedSequence, State]: ...
 
-    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
         """Run the stack over a batch of sequences, one sequence or a PackedSequence.
 
         Args:
             input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or packed. T > 0.
             hx: initial states ``(h_0 [L * D, B, Hout], c_0 [L * D, B, H])``, unbatched without B, in the
                 order of the caller's batch also for a PackedSequence that was sorted. Zeros if None.
+            lengths: int64 ``[B]``, each in [0, T]: the steps of each sequence of a padded batch, in any order;
+                see :func:`fastlstm.lstm`. The result is that of packing and padding again, with sequences of
+                no steps allowed.
+            reset_mask: bool, shaped like the input without its features, packed like it where it is packed:
+                where true, both states are zero before that step; see :func:`fastlstm.lstm`.
 
         Returns:
             ``(output, (h_n, c_n))``: the output like the input with D * Hout features, the states like
@@ -110,22 +131,39 @@ class FastLSTM(nn.RNNBase):
 
         Raises:
             ValueError, RuntimeError, NotImplementedError: as :func:`fastlstm.lstm`.
+            TypeError: ``reset_mask`` is packed and ``input`` is not, or the other way round.
         """
         parameters: dict[str, Any] = self._parameters
         # Pruned, parametrized and replicated weights are plain attributes or properties.
         weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
-        if not isinstance(input, PackedSequence):
-            return functional.lstm(
-                input,
-                weights,
-                hx,
-                num_layers=self.num_layers,
-                bidirectional=self.bidirectional,
-                bias=self.bias,
-                batch_first=self.batch_first,
-                dropout=self.dropout,
-                training=self.training,
-            )
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, weights, hx, lengths, reset_mask)
+        if isinstance(reset_mask, PackedSequence):
+            raise TypeError("reset_mask must be a tensor like the input, got a PackedSequence")
+        return functional.lstm(
+            input,
+            weights,
+            hx,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            reset_mask=reset_mask,
+        )
+
+    def _forward_packed(
+        self,
+        input: PackedSequence,
+        weights: list[Tensor],
+        hx: State | None,
+        lengths: Tensor | None,
+        reset_mask: Tensor | PackedSequence | None,
+    ) -> tuple[PackedSequence, State]:
+        if isinstance(reset_mask, Tensor):
+            raise TypeError("reset_mask must be a PackedSequence like the input, got a Tensor")
         rows, batch_sizes, sorted_indices, unsorted_indices = input
         output, states = functional.lstm(
             rows,
@@ -137,6 +175,8 @@ class FastLSTM(nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset_mask=None if reset_mask is None else reset_mask.data,
         )
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(states, unsorted_indices)

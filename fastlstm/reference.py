@@ -63,12 +63,13 @@ def lstm(
     weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor,
-    *,
-    num_layers: int,
-    bidirectional: bool,
-    has_bias: bool,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
     dropout_mask: Tensor | None = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    has_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole stack of L layers in D directions; ``Hout`` is P with a projection and H without.
 
@@ -80,13 +81,18 @@ def lstm(
             :func:`lstm_cell`, where the input of the layers above the first has D * Hout features.
         h_0: initial hidden states ``[L * D, B, Hout]``. The stack has projections where Hout is not H.
         c_0: initial cell states ``[L * D, B, H]``.
+        batch_sizes: int64 ``[T]`` on the CPU, non-increasing: the sequences that are still running at each
+            step, as in :class:`torch.nn.utils.rnn.PackedSequence`.
+        lengths: int64 ``[B]``: the steps of each sequence. A state stands still where its sequence is not
+            running, and the output there is zero.
+        reset_mask: bool ``[T, B]`` (packed: ``[N]``): cuts the sequence before the steps it marks. Where a
+            direction enters a new piece (the first direction at a marked step, the second at the step before
+            it), its states are zero.
+        dropout_mask: multipliers ``[L - 1, T, B, D * Hout]`` (packed: ``[L - 1, N, D * Hout]``), already
+            scaled by 1 / (1 - p), on the output of every layer but the last as the next layer sees it.
         num_layers: L.
         bidirectional: True for D = 2; the second direction runs from each sequence's last step to its first.
         has_bias: whether ``weights`` holds biases.
-        batch_sizes: int64 ``[T]`` on the CPU, non-increasing: the sequences that are still running at each
-            step, as in :class:`torch.nn.utils.rnn.PackedSequence`.
-        dropout_mask: multipliers ``[L - 1, T, B, D * Hout]`` (packed: ``[L - 1, N, D * Hout]``), already
-            scaled by 1 / (1 - p), on the output of every layer but the last as the next layer sees it.
 
     Returns:
         ``(y, h_n, c_n)``: y shaped like x with D * Hout features, the final states shaped like ``h_0`` and
@@ -96,6 +102,7 @@ def lstm(
     projected = h_0.size(-1) != c_0.size(-1)
     count = 2 + 2 * has_bias + projected
     sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
+    masks = None if reset_mask is None else torch.split(reset_mask.flatten(), sizes)
     dtype = torch.promote_types(x.dtype, torch.float32)
     layer_input = x.flatten(0, -2).to(dtype)
     final_h, final_c = [], []
@@ -108,12 +115,21 @@ def lstm(
             b_ih, b_hh = w[2:4] if has_bias else (None, None)
             h, c = h_0[k].to(dtype), c_0[k].to(dtype)
             y = list(steps)
-            order = range(len(sizes)) if k % directions == 0 else reversed(range(len(sizes)))
-            for t in order:
-                running = sizes[t]
-                y[t], c_t = lstm_cell(steps[t], h[:running], c[:running], w_ih, w_hh, b_ih, b_hh, w_hr)
+            reverse = k % directions == 1
+            for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+                h_t, c_t = h[: sizes[t]], c[: sizes[t]]
+                entered = t + 1 if reverse else t
+                if masks is not None and entered < len(sizes):
+                    marks = masks[entered] if lengths is None else masks[entered] & (lengths > entered)
+                    h_t, c_t = _masked(h_t, marks), _masked(c_t, marks)
+                h_1, c_1 = lstm_cell(steps[t], h_t, c_t, w_ih, w_hh, b_ih, b_hh, w_hr)
+                y[t] = h_1
+                if lengths is not None:
+                    running = (lengths > t).unsqueeze(1)
+                    y[t] = torch.where(running, h_1, 0)
+                    h_1, c_1 = torch.where(running, h_1, h), torch.where(running, c_1, c)
                 # The other rows have ended already (forward) or have not begun yet (reverse).
-                h, c = torch.cat([y[t], h[running:]]), torch.cat([c_t, c[running:]])
+                h, c = torch.cat([h_1, h[sizes[t] :]]), torch.cat([c_1, c[sizes[t] :]])
             outputs.append(torch.cat(y))
             final_h.append(h)
             final_c.append(c)
@@ -122,3 +138,9 @@ def lstm(
             layer_input = layer_input * dropout_mask[layer].flatten(0, -2).to(dtype)
     y_all = layer_input.reshape(*x.shape[:-1], layer_input.size(1))
     return y_all.to(x.dtype), torch.stack(final_h).to(x.dtype), torch.stack(final_c).to(x.dtype)
+
+
+def _masked(state: Tensor, marks: Tensor) -> Tensor:
+    """``state`` with the first rows zeroed where ``marks`` is true; a mask may be of fewer rows than the state."""
+    rows = marks.size(0)
+    return torch.cat([torch.where(marks.unsqueeze(1), 0, state[:rows]), state[rows:]])

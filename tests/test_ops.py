@@ -25,7 +25,11 @@ from fastlstm import _ops, reference
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of the operator. ``lengths`` makes it a packed sequence of B = len(lengths) rows."""
+    """One problem of the operator.
+
+    ``lengths`` are those of the B sequences: of a packed sequence if they are sorted, of a padded batch if not.
+    ``resets`` is the share of steps that a reset mask marks.
+    """
 
     T: int
     B: int
@@ -36,13 +40,19 @@ class Case:
     D: int = 1
     bias: bool = True
     lengths: tuple[int, ...] = ()
+    resets: float = 0
     dropout: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         flags = [f"P{self.P}"] * (self.P > 0) + ["nobias"] * (not self.bias) + ["dropout"] * self.dropout
-        flags += ["packed"] * bool(self.lengths) + [str(self.dtype).removeprefix("torch.")]
+        flags += ["packed"] * self.packed + ["lengths"] * (bool(self.lengths) and not self.packed)
+        flags += ["resets"] * bool(self.resets) + [str(self.dtype).removeprefix("torch.")]
         return "-".join([f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.L}-D{self.D}", *flags])
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.lengths) and list(self.lengths) == sorted(self.lengths, reverse=True)
 
 
 CASES = [
@@ -62,6 +72,12 @@ CASES = [
     Case(T=6, B=5, I=7, H=11, D=2, lengths=(6, 5, 5, 2, 1)),
     Case(T=9, B=8, I=4, H=18, L=2, D=2, lengths=(9, 9, 9, 4, 3, 3, 1, 1), dropout=True),
     Case(T=4, B=3, I=4, H=13, P=6, D=2, lengths=(4, 4, 2), bias=False),
+    Case(T=7, B=5, I=6, H=18, resets=0.3),
+    Case(T=6, B=4, I=3, H=9, P=4, L=2, D=2, resets=0.3, dropout=True),
+    Case(T=9, B=6, I=4, H=17, L=2, D=2, lengths=(9, 8, 8, 4, 3, 1), resets=0.3),
+    Case(T=7, B=6, I=5, H=10, L=2, D=2, lengths=(3, 0, 7, 1, 7, 2), dropout=True),
+    Case(T=8, B=5, I=5, H=33, D=2, lengths=(2, 0, 0, 6, 5), resets=0.4),  # no sequence reaches the end
+    Case(T=6, B=3, I=5, H=12, P=7, lengths=(1, 6, 4), resets=0.3),
 ]
 FORCED = [(plan, isa) for plan in fastlstm.plans() for isa in fastlstm.available_isas()]
 
@@ -76,6 +92,8 @@ class Problem:
     h_0: Tensor
     c_0: Tensor
     batch_sizes: Tensor | None
+    lengths: Tensor | None
+    reset_mask: Tensor | None
     dropout_mask: Tensor | None
 
     @classmethod
@@ -86,9 +104,11 @@ class Problem:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
         out, states = case.P or case.H, case.L * case.D
-        batch_sizes = None
+        batch_sizes, lengths = None, None
         shape: tuple[int, ...] = (case.T, case.B)
-        if case.lengths:
+        if case.lengths and not case.packed:
+            lengths = torch.tensor(case.lengths)
+        elif case.lengths:
             batch_sizes = torch.tensor([sum(n > t for n in case.lengths) for t in range(case.T)])
             shape = (sum(case.lengths),)
         scale = 1 / case.H**0.5
@@ -106,6 +126,8 @@ class Problem:
             h_0=draw(states, case.B, out),
             c_0=draw(states, case.B, case.H),
             batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset_mask=torch.rand(shape, generator=generator) < case.resets if case.resets else None,
             dropout_mask=(keep / 0.7).to(case.dtype) if case.dropout else None,
         )
 
@@ -117,6 +139,9 @@ class Problem:
             "bidirectional": case.D == 2,
             "has_bias": case.bias,
             "batch_sizes": self.batch_sizes,
+            "lengths": self.lengths,
+            "reset_mask": self.reset_mask,
+            "dropout_mask": self.dropout_mask,
         }
 
     def solve(self, function: object, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -124,7 +149,8 @@ class Problem:
         inputs = [self.x, self.h_0, self.c_0, *self.weights]
         x, h_0, c_0, *weights = (t.detach().to(dtype).requires_grad_() for t in inputs)
         mask = None if self.dropout_mask is None else self.dropout_mask.to(dtype)
-        outputs = function(x, weights, h_0, c_0, dropout_mask=mask, **self.options)  # type: ignore[operator]
+        options = self.options | {"dropout_mask": mask}
+        outputs = function(x, weights, h_0, c_0, **options)  # type: ignore[operator]
         generator = torch.Generator().manual_seed(2)
         drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
         d_outputs = [d.to(self.case.dtype).to(dtype) for d in drawn]
@@ -208,12 +234,13 @@ def check_all_plans(case: Case) -> None:
                 check(case)
 
 
-@pytest.fixture(params=[CASES[1], CASES[11], CASES[13]], ids=str)
+@pytest.fixture(params=[CASES[1], CASES[11], CASES[13], CASES[17], CASES[19]], ids=str)
 def arguments(request: pytest.FixtureRequest) -> Iterator[tuple[object, ...]]:
     p = Problem.of(request.param)
     weights = [w.requires_grad_() for w in p.weights]
     case = p.case
-    yield (p.x, weights, p.h_0, p.c_0, p.batch_sizes, p.dropout_mask, case.L, case.D == 2, case.bias)
+    options = (p.batch_sizes, p.lengths, p.reset_mask, p.dropout_mask, case.L, case.D == 2, case.bias)
+    yield (p.x, weights, p.h_0, p.c_0, *options)
 
 
 def test_opcheck_forward(arguments: tuple[object, ...]) -> None:
@@ -230,11 +257,11 @@ def test_opcheck_forward_without_saving(arguments: tuple[object, ...]) -> None:
 
 
 def test_opcheck_backward(arguments: tuple[object, ...]) -> None:
-    x, weights, h_0, c_0, batch_sizes, mask, *flags = arguments
+    x, weights, h_0, c_0, *options = arguments
     with torch.no_grad():
-        y, h_n, _, *saved = torch.ops.fastlstm.lstm(*arguments, True)
+        y, h_n, _, saved = torch.ops.fastlstm.lstm(*arguments, True)
         needs = [1, 0] + [1, 0] * (len(weights) // 2)  # type: ignore[arg-type]
-        backward = (y, h_n, None, x, weights, h_0, c_0, y, *saved, batch_sizes, mask, *flags, needs)
+        backward = (y, h_n, None, x, weights, h_0, c_0, y, saved, *options, needs)
         torch.library.opcheck(
             torch.ops.fastlstm.lstm_backward.default, backward, test_utils=["test_schema", "test_faketensor"]
         )
@@ -247,10 +274,8 @@ def test_opcheck_backward(arguments: tuple[object, ...]) -> None:
 def test_saves_by_grad_mode_alone() -> None:
     p = Problem.of(CASES[1])
     with torch.no_grad():
-        _, _, _, gates, cells, layer_outputs = torch.ops.fastlstm.lstm(
-            p.x, p.weights, p.h_0, p.c_0, None, None, 1, False, True, False
-        )
-    assert gates.numel() == cells.numel() == layer_outputs.numel() == 0
+        *_, saved = torch.ops.fastlstm.lstm(p.x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False)
+    assert saved == []
     y, _, _ = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
     assert not y.requires_grad
     y, _, _ = _ops.lstm(p.x.requires_grad_(), p.weights, p.h_0, p.c_0, **p.options)
@@ -260,7 +285,7 @@ def test_saves_by_grad_mode_alone() -> None:
 def test_backward_without_saving_says_so() -> None:
     p = Problem.of(CASES[1])
     x = p.x.requires_grad_()
-    y, *_ = torch.ops.fastlstm.lstm(x, p.weights, p.h_0, p.c_0, None, None, 1, False, True, False)
+    y, *_ = torch.ops.fastlstm.lstm(x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False)
     with pytest.raises(RuntimeError, match="save=True"):
         y.sum().backward()
 
@@ -282,7 +307,7 @@ def test_lower_layers_are_frozen(trainable: int) -> None:
     frozen, free = p.weights[:first], [w.requires_grad_() for w in p.weights[first:]]
     gradients = []
     for function in (_ops.lstm, reference.lstm):
-        y, _, _ = function(p.x, [*frozen, *free], p.h_0, p.c_0, dropout_mask=p.dropout_mask, **p.options)
+        y, _, _ = function(p.x, [*frozen, *free], p.h_0, p.c_0, **p.options)
         gradients.append(torch.autograd.grad(y.sum(), free))
     torch.testing.assert_close(*gradients)
 
@@ -339,16 +364,14 @@ def test_saturated_gates() -> None:
             bias = torch.tensor([1e4, -1e4, 1e4, 1e4], dtype=dtype).repeat_interleave(5)
             weights += [bias, torch.zeros_like(bias)]
             state = torch.full((1, 1, 5), 7.0, dtype=dtype)
-            options = {"num_layers": 1, "bidirectional": False, "has_bias": True}
+            options = (None, None, None, None, 1, False, True)
             with fastlstm.force(isa=isa):
-                y, _, c_n = _ops.lstm(torch.ones(1, 1, 1, dtype=dtype), weights, state, state, **options)
+                y, _, c_n = _ops.lstm(torch.ones(1, 1, 1, dtype=dtype), weights, state, state, *options)
             assert torch.equal(c_n, torch.ones_like(c_n))  # i = 1, f = 0, g = 1
             torch.testing.assert_close(y, torch.ones_like(y).tanh(), rtol=1e-6, atol=0)
             weights[2] = torch.tensor([-1e4, 0.0, 1e4, 1e4], dtype=dtype).repeat_interleave(5)
             with fastlstm.force(isa=isa):
-                _, _, i = _ops.lstm(
-                    torch.ones(1, 1, 1, dtype=dtype), weights, state, torch.zeros_like(state), **options
-                )
+                _, _, i = _ops.lstm(torch.ones(1, 1, 1, dtype=dtype), weights, state, torch.zeros_like(state), *options)
             smallest = torch.finfo(dtype).smallest_normal
             assert ((i >= smallest) & (i <= 2 * smallest)).all(), "denormal numbers slow down what comes after"
 
@@ -372,7 +395,9 @@ def test_operator_refuses(message: str) -> None:
     bad = {"x": p.x, "h_0": p.h_0, "c_0": p.c_0, "w": p.weights[0]} | OPERATOR_ERRORS[message]
     weights = [bad["w"], *p.weights[1:]]
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastlstm.lstm(bad["x"], weights, bad["h_0"], bad["c_0"], None, None, 1, False, True, False)
+        torch.ops.fastlstm.lstm(
+            bad["x"], weights, bad["h_0"], bad["c_0"], None, None, None, None, 1, False, True, False
+        )
 
 
 @pytest.mark.parametrize(
@@ -387,4 +412,6 @@ def test_operator_refuses(message: str) -> None:
 def test_operator_refuses_batch_sizes(sizes: list[int], message: str) -> None:
     p = Problem.of(Case(T=3, B=3, I=5, H=7, lengths=(3, 3, 2)))
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastlstm.lstm(p.x, p.weights, p.h_0, p.c_0, torch.tensor(sizes), None, 1, False, True, False)
+        torch.ops.fastlstm.lstm(
+            p.x, p.weights, p.h_0, p.c_0, torch.tensor(sizes), None, None, None, 1, False, True, False
+        )

@@ -3,11 +3,15 @@
 // float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit, so
 // results are closer to exact than a step-by-step 16-bit LSTM's. (In backward, the gradient of the last layer's W_hh
 // reads h from the rounded y.)
+//
+// The driver knows sequences of different lengths only as packed rows. With `lengths`, rows are gathered into that form
+// on entry and scattered back on exit, which costs one copy of x and y.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -21,7 +25,7 @@ namespace fastlstm::cpu {
 
 namespace {
 
-using Sizes = std::vector<int64_t>;
+using OptionalTensor = std::optional<Tensor>;
 
 const char* dtype_name(ScalarType type) {
   switch (type) {
@@ -44,269 +48,465 @@ T* data(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
 }
 
-// The arguments that both operators share, checked and measured.
+// ------------------------------------------------------------------------------------------------ arguments
+
+// What both operators are called with; see ops.cpp.
+struct Call {
+  const Tensor& x;
+  const std::vector<Tensor>& weights;
+  const Tensor &h_0, &c_0;
+  const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
+  int64_t num_layers;
+  bool bidirectional, has_bias;
+};
+
+// With `lengths`: where the driver's packed rows lie in the caller's padded tensors.
+struct Packing {
+  std::vector<int64_t> sequences;  // [problem.B]: the caller's batch rows that have any step, the longest first
+  std::vector<int64_t> rows;       // [problem.N]: t * B + batch row
+};
+
+// A call, checked and measured. `problem` and `schedule` are the driver's: with `lengths`, of the packed rows.
 struct Arguments {
   Problem problem;
   Schedule schedule;
-  ScalarType type;          // of inputs and outputs
-  ScalarType compute_type;  // of everything in between
-  int64_t per_direction;    // weights of one direction of one layer
-  Sizes rows;               // leading sizes of x and y: [T, B], packed [N], single step [B]
+  std::optional<Packing> packing;
+  std::optional<Restarts> restarts[2];  // per direction
+  ScalarType type;                      // of inputs and outputs
+  ScalarType compute_type;              // of everything in between
+  int64_t per_direction;                // weights of one direction of one layer
+  Sizes rows;                           // leading sizes of x and y: [T, B], packed [N], single step [B]
+  Sizes states;                         // leading sizes of the states: [L*D, B], single step [B]
   const char* rows_text;
-  Sizes states;  // leading sizes of the states: [L*D, B], single step [B]
+  int64_t row_count;  // product of `rows`
 };
 
-Sizes with(Sizes leading, int64_t last) {
-  leading.push_back(last);
-  return leading;
+void parse_batch_sizes(Arguments& a, const Tensor& batch_sizes) {
+  FASTLSTM_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.is_cpu(),
+                 "batch_sizes must be an int64 vector on the CPU, got shape ", shape_text(batch_sizes.sizes()));
+  const Tensor contiguous_sizes = as(batch_sizes, ScalarType::Long);
+  const auto* sizes = data<int64_t>(contiguous_sizes);
+  Problem& p = a.problem;
+  p.T = batch_sizes.size(0);
+  FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ",
+                 p.T ? sizes[0] : 0);
+  for (int64_t t = 0; t < p.T; ++t) {
+    FASTLSTM_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
+                   "batch_sizes must be positive and non-increasing, got ", sizes[t], " at step ", t);
+    a.schedule.offsets.push_back(a.schedule.offsets.back() + sizes[t]);
+  }
 }
 
-void parse_sizes(Arguments& a, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
-                 const std::optional<Tensor>& batch_sizes) {
+// Sorts the sequences by length and rewrites problem and schedule for the packed rows.
+void parse_lengths(Arguments& a, const Tensor& tensor) {
   Problem& p = a.problem;
-  const bool single_step = !batch_sizes && h_0.dim() == 2;
+  FASTLSTM_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.is_cpu(),
+                 "lengths must be an int64 vector on the CPU, got another dtype or device");
+  check_shape("lengths", "[B]", tensor, {p.B});
+  const Tensor contiguous_lengths = as(tensor, ScalarType::Long);
+  const auto* lengths = data<int64_t>(contiguous_lengths);
+  Packing packing;
+  for (int64_t b = 0; b < p.B; ++b) {
+    FASTLSTM_CHECK(lengths[b] >= 0 && lengths[b] <= p.T, "lengths must lie in [0, T] = [0, ", p.T, "], got ",
+                   lengths[b], " at ", b);
+    if (lengths[b] > 0) packing.sequences.push_back(b);
+  }
+  std::stable_sort(packing.sequences.begin(), packing.sequences.end(),
+                   [&](int64_t left, int64_t right) { return lengths[left] > lengths[right]; });
+  a.schedule.offsets = {0};
+  for (int64_t t = 0; t < p.T; ++t) {
+    for (const int64_t b : packing.sequences)
+      if (lengths[b] > t) packing.rows.push_back(t * p.B + b);
+    if (static_cast<int64_t>(packing.rows.size()) == a.schedule.offsets.back()) break;  // all sequences have ended
+    a.schedule.offsets.push_back(static_cast<int64_t>(packing.rows.size()));
+  }
+  p.T = a.schedule.steps();
+  p.B = static_cast<int64_t>(packing.sequences.size());
+  p.N = a.schedule.rows();
+  a.packing = std::move(packing);
+}
+
+// The mask cuts each sequence before the steps it marks, and each direction starts anew at the beginning of its pieces:
+// forward in time at the marked step, in reverse at the step before it.
+void parse_reset_mask(Arguments& a, const Tensor& tensor) {
+  FASTLSTM_CHECK(tensor.scalar_type() == ScalarType::Bool, "reset_mask must be bool, got ",
+                 dtype_name(tensor.scalar_type()));
+  check_shape("reset_mask", "x.shape[:-1]", tensor, a.rows);
+  const Tensor contiguous_mask = as(tensor, ScalarType::Bool);
+  const auto* mask = data<bool>(contiguous_mask);
+  const Schedule& schedule = a.schedule;
+  const auto marked = [&](int64_t row) { return mask[a.packing ? a.packing->rows[row] : row]; };
+  for (int64_t d = 0; d < a.problem.directions; ++d) {
+    Restarts restarts = {std::vector<uint8_t>(a.problem.N), std::vector<uint8_t>(a.problem.T)};
+    bool any = false;
+    for (int64_t t = 0; t < a.problem.T; ++t) {
+      const int64_t cut = d == 0 ? t : t + 1;
+      for (int64_t b = 0; b < schedule.active(cut); ++b)
+        if (marked(schedule.offsets[cut] + b)) restarts.rows[schedule.offsets[t] + b] = restarts.steps[t] = any = true;
+    }
+    if (any) a.restarts[d] = std::move(restarts);
+  }
+}
+
+void parse_sizes(Arguments& a, const Call& call) {
+  Problem& p = a.problem;
+  const Tensor &x = call.x, &h_0 = call.h_0, &c_0 = call.c_0;
+  const bool packed = call.batch_sizes.has_value(), single_step = !packed && h_0.dim() == 2;
   const int64_t dims = single_step ? 2 : 3;
   const char* state_text = single_step ? "[B, P or H]" : "[L*D, B, P or H]";
-  a.rows_text = single_step ? "[B, I]" : batch_sizes ? "[sum(batch_sizes), I]" : "[T, B, I]";
+  a.rows_text = single_step ? "[B, I]" : packed ? "[sum(batch_sizes), I]" : "[T, B, I]";
   FASTLSTM_CHECK(h_0.dim() == dims, "h_0 must be ", state_text, ", got ", shape_text(h_0.sizes()));
   FASTLSTM_CHECK(c_0.dim() == dims, "c_0 must be ", state_text, ", got ", shape_text(c_0.sizes()));
-  FASTLSTM_CHECK(x.dim() == (batch_sizes ? 2 : dims), "x must be ", a.rows_text, ", got ", shape_text(x.sizes()));
+  FASTLSTM_CHECK(x.dim() == (packed ? 2 : dims), "x must be ", a.rows_text, ", got ", shape_text(x.sizes()));
   FASTLSTM_CHECK(!single_step || (p.layers == 1 && p.directions == 1),
                  "a single step has one layer and one direction, got num_layers = ", p.layers,
                  ", bidirectional = ", p.directions == 2);
-  const int64_t out = h_0.size(-1);
-  p.B = h_0.size(-2);
-  p.H = c_0.size(-1);
+  const auto h_sizes = h_0.sizes();
+  const int64_t out = h_sizes[dims - 1];
+  p.B = h_sizes[dims - 2];
+  p.H = c_0.sizes()[dims - 1];
   p.P = out == p.H ? 0 : out;
-  p.I = x.size(-1);
+  const auto x_sizes = x.sizes();
+  p.I = x_sizes[x_sizes.size() - 1];
   FASTLSTM_CHECK(out >= 1 && out <= p.H, "h_0 must have at least 1 and at most as many features as c_0, got ", out,
                  " and ", p.H);
   a.states = single_step ? Sizes{p.B} : Sizes{p.layers * p.directions, p.B};
-  check_shape("h_0", state_text, h_0, with(a.states, out));
-  check_shape("c_0", state_text, c_0, with(a.states, p.H));
+  check_shape("h_0", state_text, h_0, a.states.then(out));
+  check_shape("c_0", state_text, c_0, a.states.then(p.H));
 
   a.schedule.offsets = {0};
-  if (batch_sizes) {
-    FASTLSTM_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_cpu(),
-                   "batch_sizes must be an int64 vector on the CPU, got shape ", shape_text(batch_sizes->sizes()));
-    const Tensor contiguous_sizes = as(*batch_sizes, ScalarType::Long);
-    const auto* sizes = static_cast<const int64_t*>(contiguous_sizes.data_ptr());
-    p.T = batch_sizes->size(0);
-    FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ",
-                   p.T ? sizes[0] : 0);
-    for (int64_t t = 0; t < p.T; ++t) {
-      FASTLSTM_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
-                     "batch_sizes must be positive and non-increasing, got ", sizes[t], " at step ", t);
-      a.schedule.offsets.push_back(a.schedule.offsets.back() + sizes[t]);
-    }
+  if (packed) {
+    parse_batch_sizes(a, *call.batch_sizes);
     a.rows = {a.schedule.rows()};
   } else {
-    p.T = single_step ? 1 : x.size(0);
+    p.T = single_step ? 1 : x_sizes[0];
     a.rows = single_step ? Sizes{p.B} : Sizes{p.T, p.B};
     for (int64_t t = 1; t <= p.T; ++t) a.schedule.offsets.push_back(t * p.B);
   }
-  p.N = a.schedule.rows();
-  check_shape("x", a.rows_text, x, with(a.rows, p.I));
-  FASTLSTM_CHECK(p.T > 0, "x must have at least one time step, got ", shape_text(x.sizes()));
+  a.row_count = p.N = a.schedule.rows();
+  check_shape("x", a.rows_text, x, a.rows.then(p.I));
+  FASTLSTM_CHECK(p.T > 0, "x must have at least one time step, got ", shape_text(x_sizes));
+  if (call.lengths) {
+    FASTLSTM_CHECK(a.rows.size() == 2, "lengths needs x as [T, B, I], got ", a.rows_text);
+    parse_lengths(a, *call.lengths);
+  }
+  if (call.reset_mask) parse_reset_mask(a, *call.reset_mask);
 }
 
-Arguments parse(const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h_0, const Tensor& c_0,
-                const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& dropout_mask, int64_t num_layers,
-                bool bidirectional, bool has_bias, bool training) {
-  Arguments a;
+Arguments parse(const Call& call, bool training) {
+  Arguments a = {};
   Problem& p = a.problem;
-  FASTLSTM_CHECK(num_layers > 0, "num_layers must be positive, got ", num_layers);
-  p.layers = num_layers;
-  p.directions = bidirectional ? 2 : 1;
+  FASTLSTM_CHECK(call.num_layers > 0, "num_layers must be positive, got ", call.num_layers);
+  p.layers = call.num_layers;
+  p.directions = call.bidirectional ? 2 : 1;
   p.training = training;
-  parse_sizes(a, x, h_0, c_0, batch_sizes);
+  parse_sizes(a, call);
   const int64_t states = p.layers * p.directions, out = p.output_size();
 
-  a.type = x.scalar_type();
+  a.type = call.x.scalar_type();
   FASTLSTM_CHECK(a.type == ScalarType::Float || a.type == ScalarType::Double || a.type == ScalarType::BFloat16 ||
                      a.type == ScalarType::Half,
                  "x must be float32, float64, bfloat16 or float16, got ", dtype_name(a.type));
   a.compute_type = a.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   p.compute_bytes = a.compute_type == ScalarType::Double ? 8 : 4;
+  const int32_t code = dtype_code(call.x);
   const auto check_type = [&](const char* name, const Tensor& t) {
-    FASTLSTM_CHECK(t.scalar_type() == a.type, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
+    FASTLSTM_CHECK(dtype_code(t) == code, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
                    dtype_name(t.scalar_type()));
   };
-  check_type("h_0", h_0);
-  check_type("c_0", c_0);
+  check_type("h_0", call.h_0);
+  check_type("c_0", call.c_0);
 
-  a.per_direction = 2 + (has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
+  const std::vector<Tensor>& weights = call.weights;
+  a.per_direction = 2 + (call.has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
   FASTLSTM_CHECK(static_cast<int64_t>(weights.size()) == states * a.per_direction, "weights must be ", states, " * ",
-                 a.per_direction, " tensors (L*D times W_ih, W_hh", has_bias ? ", b_ih, b_hh" : "",
+                 a.per_direction, " tensors (L*D times W_ih, W_hh", call.has_bias ? ", b_ih, b_hh" : "",
                  p.P > 0 ? ", W_hr" : "", "), got ", weights.size());
   for (int64_t i = 0; i < states; ++i) {
     const Tensor* w = weights.data() + i * a.per_direction;
     for (int64_t j = 0; j < a.per_direction; ++j) check_type("every weight", w[j]);
     check_shape("W_ih", "[4H, I]", w[0], {kGates * p.H, i < p.directions ? p.I : p.directions * out});
     check_shape("W_hh", "[4H, P]", w[1], {kGates * p.H, out});
-    if (has_bias) check_shape("b_ih", "[4H]", w[2], {kGates * p.H});
-    if (has_bias) check_shape("b_hh", "[4H]", w[3], {kGates * p.H});
+    if (call.has_bias) check_shape("b_ih", "[4H]", w[2], {kGates * p.H});
+    if (call.has_bias) check_shape("b_hh", "[4H]", w[3], {kGates * p.H});
     if (p.P > 0) check_shape("W_hr", "[P, H]", w[a.per_direction - 1], {p.P, p.H});
   }
-  if (dropout_mask) {
-    check_type("dropout_mask", *dropout_mask);
+  if (call.dropout_mask) {
+    check_type("dropout_mask", *call.dropout_mask);
     FASTLSTM_CHECK(p.layers > 1, "dropout_mask needs num_layers > 1, got ", p.layers);
-    Sizes expected = {p.layers - 1};
-    expected.insert(expected.end(), a.rows.begin(), a.rows.end());
-    check_shape("dropout_mask", "[L-1, *x.shape[:-1], D*P]", *dropout_mask, with(expected, p.directions * out));
+    check_shape("dropout_mask", "[L-1, *x.shape[:-1], D*P]", *call.dropout_mask,
+                a.rows.after(p.layers - 1).then(p.directions * out));
   }
   return a;
 }
 
-// Fills the pointers of a stack. `kept` holds the converted tensors alive.
+// ------------------------------------------------------------------------------------------------ packed rows
+
+// Rows of `features` values, `blocks` times: to[i] = from[index[i]], or back: to[index[i]] = from[i].
 template <class T>
-void fill_inputs(StackInputs<T>& stack, const Arguments& a, const Tensor& x, const std::vector<Tensor>& weights,
-                 const Tensor& h_0, const Tensor& c_0, const std::optional<Tensor>& dropout_mask, bool has_bias,
-                 std::vector<Tensor>& kept) {
-  kept.reserve(weights.size() + 8);
-  const auto pointer = [&](const Tensor& tensor) -> const T* {
-    kept.push_back(as(tensor, a.compute_type));
-    return data<T>(kept.back());
+void gather_rows(const T* from, const std::vector<int64_t>& index, int64_t from_rows, int64_t blocks, int64_t features,
+                 T* to) {
+  const auto rows = static_cast<int64_t>(index.size());
+  parallel(blocks * rows, kElementwiseGrain / features + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::copy_n(from + (i / rows * from_rows + index[i % rows]) * features, features, to + i * features);
+  });
+}
+template <class T>
+void scatter_rows(const T* from, const std::vector<int64_t>& index, int64_t to_rows, int64_t blocks, int64_t features,
+                  T* to) {
+  const auto rows = static_cast<int64_t>(index.size());
+  parallel(blocks * rows, kElementwiseGrain / features + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::copy_n(from + i * features, features, to + (i / rows * to_rows + index[i % rows]) * features);
+  });
+}
+
+// The caller's tensors as the driver reads them: in the compute type, contiguous and, with `lengths`, packed. Keeps the
+// converted tensors alive.
+template <class T>
+class Inputs {
+ public:
+  Inputs(const Arguments& a, size_t expected) : a_(a) { kept_.reserve(expected); }
+
+  const T* plain(const Tensor& tensor) {
+    kept_.push_back(as(tensor, a_.compute_type));
+    return data<T>(kept_.back());
+  }
+  // [blocks, *x.shape[:-1], features] as [blocks, N, features]
+  const T* rows(const Tensor& tensor, int64_t blocks, int64_t features) {
+    const T* from = plain(tensor);
+    return a_.packing ? gathered(from, a_.packing->rows, a_.row_count, blocks, features) : from;
+  }
+  // [L*D, caller's B, features] as [L*D, B, features]
+  const T* states(const Tensor& tensor, int64_t features) {
+    const T* from = plain(tensor);
+    if (!a_.packing) return from;
+    const int64_t states = a_.problem.layers * a_.problem.directions;
+    return gathered(from, a_.packing->sequences, a_.states.begin()[1], states, features);
+  }
+
+ private:
+  const T* gathered(const T* from, const std::vector<int64_t>& index, int64_t from_rows, int64_t blocks,
+                    int64_t features) {
+    kept_.push_back(empty({blocks, static_cast<int64_t>(index.size()), features}, a_.compute_type));
+    T* to = data<T>(kept_.back());
+    gather_rows(from, index, from_rows, blocks, features, to);
+    return to;
+  }
+
+  const Arguments& a_;
+  std::vector<Tensor> kept_;
+};
+
+// Tensors that the driver writes. With `lengths` it writes packed rows, and finish() puts them where they belong.
+template <class T>
+class Outputs {
+ public:
+  explicit Outputs(const Arguments& a) : a_(a) {}
+
+  // [*x.shape[:-1], features]; zero beyond the end of a sequence
+  T* rows(const Tensor& tensor, int64_t features) {
+    if (!a_.packing) return data<T>(tensor);
+    zero(tensor);
+    return packed(tensor, a_.packing->rows, a_.row_count, 1, features);
+  }
+  // [L*D, caller's B, features]; keeps what it holds for sequences of no steps. `read`: the driver reads it too.
+  T* states(const Tensor& tensor, int64_t features, bool read) {
+    if (!a_.packing) return data<T>(tensor);
+    const int64_t states = a_.problem.layers * a_.problem.directions, batch = a_.states.begin()[1];
+    T* to = packed(tensor, a_.packing->sequences, batch, states, features);
+    if (read) gather_rows(data<T>(tensor), a_.packing->sequences, batch, states, features, to);
+    return to;
+  }
+  void finish() {
+    for (const Packed& p : packed_)
+      scatter_rows(p.buffer.data(), *p.index, p.to_rows, p.blocks, p.features, data<T>(p.tensor));
+  }
+
+ private:
+  struct Packed {
+    Buffer<T> buffer;
+    Tensor tensor;
+    const std::vector<int64_t>* index;
+    int64_t to_rows, blocks, features;
   };
-  stack.problem = &a.problem;
+
+  T* packed(const Tensor& tensor, const std::vector<int64_t>& index, int64_t to_rows, int64_t blocks,
+            int64_t features) {
+    const int64_t size = blocks * static_cast<int64_t>(index.size()) * features;
+    packed_.push_back({Buffer<T>(size), tensor, &index, to_rows, blocks, features});
+    return packed_.back().buffer.data();
+  }
+
+  const Arguments& a_;
+  std::vector<Packed> packed_;
+};
+
+// ------------------------------------------------------------------------------------------------ forward
+
+template <class T>
+void fill_inputs(StackInputs<T>& stack, const Arguments& a, const Call& call, Inputs<T>& inputs) {
+  const Problem& p = a.problem;
+  stack.problem = &p;
   stack.schedule = &a.schedule;
+  for (int d = 0; d < 2; ++d) stack.restarts[d] = a.restarts[d] ? &*a.restarts[d] : nullptr;
   stack.kernels = &kernels<T>(selected_isa());
-  stack.x = pointer(x);
-  stack.h_0 = pointer(h_0);
-  stack.c_0 = pointer(c_0);
-  stack.dropout_mask = dropout_mask ? pointer(*dropout_mask) : nullptr;
-  for (size_t i = 0; i < weights.size(); i += a.per_direction) {
-    Weights<const T> w = {pointer(weights[i]), pointer(weights[i + 1]), nullptr, nullptr, nullptr};
-    if (has_bias) w.b_ih = pointer(weights[i + 2]), w.b_hh = pointer(weights[i + 3]);
-    if (a.problem.P > 0) w.w_hr = pointer(weights[i + a.per_direction - 1]);
-    stack.weights.push_back(w);
+  stack.x = inputs.rows(call.x, 1, p.I);
+  stack.h_0 = inputs.states(call.h_0, p.output_size());
+  stack.c_0 = inputs.states(call.c_0, p.H);
+  stack.dropout_mask =
+      call.dropout_mask ? inputs.rows(*call.dropout_mask, p.layers - 1, p.directions * p.output_size()) : nullptr;
+  stack.weights.reserve(p.layers * p.directions);
+  for (size_t i = 0; i < call.weights.size(); i += a.per_direction) {
+    const Tensor* w = call.weights.data() + i;
+    Weights<const T> pointers = {inputs.plain(w[0]), inputs.plain(w[1]), nullptr, nullptr, nullptr};
+    if (call.has_bias) pointers.b_ih = inputs.plain(w[2]), pointers.b_hh = inputs.plain(w[3]);
+    if (p.P > 0) pointers.w_hr = inputs.plain(w[a.per_direction - 1]);
+    stack.weights.push_back(pointers);
   }
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 template <class T>
-ForwardResult forward(const Arguments& a, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& h_0,
-                      const Tensor& c_0, const std::optional<Tensor>& dropout_mask, bool has_bias) {
+ForwardResult forward(const Arguments& a, const Call& call) {
   const Problem& p = a.problem;
-  const int64_t states = p.layers * p.directions, out = p.output_size();
-  const auto saved = [&](const Sizes& sizes) { return empty(p.training ? sizes : Sizes{0}, a.compute_type); };
-  const Tensor y = empty(with(a.rows, p.directions * out), a.compute_type);
-  const Tensor h_n = empty(with(a.states, out), a.compute_type), c_n = empty(with(a.states, p.H), a.compute_type);
-  const Tensor gates = saved({states, p.N, kGates * p.H}), cells = saved({states, p.N, p.H});
-  const Tensor layer_outputs = saved({p.layers - 1, p.N, p.directions * out});
+  const int64_t states = p.layers * p.directions, out = p.output_size(), width = p.directions * out;
+  const Tensor y = empty(a.rows.then(width), a.compute_type);
+  const auto state = [&](const Tensor& initial, int64_t features) {
+    Tensor t = empty(a.states.then(features), a.compute_type);
+    if (a.packing) torch::stable::copy_(t, initial);  // what a sequence of no steps ends with
+    return t;
+  };
+  const Tensor h_n = state(call.h_0, out), c_n = state(call.c_0, p.H);
+  // Packed rows fill the front of what is saved; the rest is zeroed, so that no result holds what memory held before.
+  const auto save = [&](int64_t blocks, int64_t features) {
+    Tensor t = empty({blocks, a.row_count, features}, a.compute_type);
+    std::fill(data<T>(t) + blocks * p.N * features, data<T>(t) + t.numel(), T(0));
+    return t;
+  };
+  std::vector<Tensor> saved;
+  if (p.training) saved = {save(states, kGates * p.H), save(states, p.H), save(p.layers - 1, width)};
+  Inputs<T> inputs(a, call.weights.size() + 8);
+  Outputs<T> outputs(a);
+  T* const y_data = outputs.rows(y, width);
   if (p.B > 0) {
-    std::vector<Tensor> kept;
     StackForward<T> stack;
-    fill_inputs(stack, a, x, weights, h_0, c_0, dropout_mask, has_bias, kept);
-    stack.y = data<T>(y);
-    stack.h_n = data<T>(h_n);
-    stack.c_n = data<T>(c_n);
-    stack.gates = data<T>(gates);
-    stack.cells = data<T>(cells);
-    stack.layer_outputs = data<T>(layer_outputs);
+    fill_inputs(stack, a, call, inputs);
+    stack.y = y_data;
+    stack.h_n = outputs.states(h_n, out, false);
+    stack.c_n = outputs.states(c_n, p.H, false);
+    stack.gates = p.training ? data<T>(saved[0]) : nullptr;
+    stack.cells = p.training ? data<T>(saved[1]) : nullptr;
+    stack.layer_outputs = p.training ? data<T>(saved[2]) : nullptr;
     run_forward(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
+    outputs.finish();
   }
-  return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), gates, cells, layer_outputs};
+  return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), std::move(saved)};
 }
 
 ForwardResult lstm(const Tensor x, const std::vector<Tensor> weights, const Tensor h_0, const Tensor c_0,
-                   const std::optional<Tensor> batch_sizes, const std::optional<Tensor> dropout_mask,
-                   int64_t num_layers, bool bidirectional, bool has_bias, bool save) {
-  const Arguments a = parse(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, save);
-  const auto run = a.compute_type == ScalarType::Double ? forward<double> : forward<float>;
-  return run(a, x, weights, h_0, c_0, dropout_mask, has_bias);
+                   const OptionalTensor batch_sizes, const OptionalTensor lengths, const OptionalTensor reset_mask,
+                   const OptionalTensor dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                   bool save) {
+  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias};
+  const Arguments a = parse(call, save);
+  return a.compute_type == ScalarType::Double ? forward<double>(a, call) : forward<float>(a, call);
 }
+
+// ------------------------------------------------------------------------------------------------ backward
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
-struct SavedForBackward {
-  const Tensor &y, &gates, &cells, &layer_outputs;
-};
 struct OutputGradients {
-  const std::optional<Tensor>&y, &h_n, &c_n;
+  const OptionalTensor &y, &h_n, &c_n;
 };
 
 template <class T>
-BackwardResult backward(const Arguments& a, const OutputGradients& d, const Tensor& x,
-                        const std::vector<Tensor>& weights, const Tensor& h_0, const Tensor& c_0,
-                        const SavedForBackward& saved, const std::optional<Tensor>& dropout_mask, bool has_bias,
-                        const std::vector<int64_t>& needs) {
+BackwardResult backward(const Arguments& a, const Call& call, const OutputGradients& d, const Tensor& y,
+                        const std::vector<Tensor>& saved, const std::vector<int64_t>& needs) {
   const Problem& p = a.problem;
-  const int64_t states = p.layers * p.directions, out = p.output_size();
-  // Gradients start as the incoming one where the driver updates in place (states), else uninitialised.
-  const auto carry = [&](const std::optional<Tensor>& incoming, int64_t features) {
-    Tensor t = empty(with(a.states, features), a.compute_type);
+  const int64_t out = p.output_size();
+  // The driver updates the gradients of the states in place, from those of h_n and c_n to those of h_0 and c_0.
+  const auto carry = [&](const OptionalTensor& incoming, int64_t features) {
+    Tensor t = empty(a.states.then(features), a.compute_type);
     if (incoming)
       torch::stable::copy_(t, *incoming);
     else
-      torch::stable::zero_(t);
+      zero(t);
     return t;
   };
   const Tensor d_h = carry(d.h_n, out), d_c = carry(d.c_n, p.H);
-  const auto like = [&](const Tensor& t, bool needed) {
-    const auto sizes = t.sizes();
-    return empty(needed ? Sizes(sizes.begin(), sizes.end()) : Sizes{0}, a.compute_type);
-  };
-  Tensor d_x = like(x, needs[0]);
+  const Tensor d_x = empty(needs[0] ? a.rows.then(p.I) : Sizes{0}, a.compute_type);
   std::vector<Tensor> d_weights;
-  for (size_t i = 0; i < weights.size(); ++i) d_weights.push_back(like(weights[i], needs[2 + i]));
+  d_weights.reserve(call.weights.size());
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    const auto sizes = call.weights[i].sizes();
+    const Sizes needed = sizes.size() == 2 ? Sizes{sizes[0], sizes[1]} : Sizes{sizes[0]};
+    d_weights.push_back(empty(needs[2 + i] ? needed : Sizes{0}, a.compute_type));
+  }
+  Inputs<T> inputs(a, call.weights.size() + 12);
+  Outputs<T> outputs(a);
+  T* const d_x_data = needs[0] ? outputs.rows(d_x, p.I) : nullptr;
   if (p.B > 0) {
-    std::vector<Tensor> kept;
     StackBackward<T> stack;
-    fill_inputs(stack, a, x, weights, h_0, c_0, dropout_mask, has_bias, kept);
-    const auto pointer = [&](const Tensor& tensor) -> const T* {
-      kept.push_back(as(tensor, a.compute_type));
-      return data<T>(kept.back());
-    };
-    stack.y = pointer(saved.y);
-    stack.gates = data<T>(saved.gates);
-    stack.cells = data<T>(saved.cells);
-    stack.layer_outputs = data<T>(saved.layer_outputs);
-    stack.d_y = d.y ? pointer(*d.y) : nullptr;
-    stack.d_x = data<T>(d_x);
-    stack.d_h = data<T>(d_h);
-    stack.d_c = data<T>(d_c);
+    fill_inputs(stack, a, call, inputs);
+    stack.y = inputs.rows(y, 1, p.directions * out);
+    stack.gates = data<T>(saved[0]);
+    stack.cells = data<T>(saved[1]);
+    stack.layer_outputs = data<T>(saved[2]);
+    stack.d_y = d.y ? inputs.rows(*d.y, 1, p.directions * out) : nullptr;
+    stack.d_x = d_x_data;
+    stack.d_h = outputs.states(d_h, out, true);
+    stack.d_c = outputs.states(d_c, p.H, true);
     stack.needs_d_h_0 = needs[1];
-    for (size_t i = 0; i < weights.size(); i += a.per_direction) {
-      Weights<T> w = {data<T>(d_weights[i]), data<T>(d_weights[i + 1]), nullptr, nullptr, nullptr};
-      if (has_bias) w.b_ih = data<T>(d_weights[i + 2]), w.b_hh = data<T>(d_weights[i + 3]);
-      if (p.P > 0) w.w_hr = data<T>(d_weights[i + a.per_direction - 1]);
-      stack.d_weights.push_back(w);
+    for (size_t i = 0; i < d_weights.size(); i += a.per_direction) {
+      const Tensor* w = d_weights.data() + i;
+      Weights<T> pointers = {data<T>(w[0]), data<T>(w[1]), nullptr, nullptr, nullptr};
+      if (call.has_bias) pointers.b_ih = data<T>(w[2]), pointers.b_hh = data<T>(w[3]);
+      if (p.P > 0) pointers.w_hr = data<T>(w[a.per_direction - 1]);
+      stack.d_weights.push_back(pointers);
     }
     run_backward(stack, plan_backward(p, this_machine(thread_count()), forced().plan));
+    outputs.finish();
   } else {
-    for (Tensor& t : d_weights) torch::stable::zero_(t);  // a sum over no rows
+    for (const Tensor& t : d_weights) zero(t);  // a sum over no rows
   }
   for (Tensor& t : d_weights) t = as(t, a.type);
   const auto state = [&](const Tensor& t) { return needs[1] ? as(t, a.type) : empty({0}, a.type); };
-  return {as(d_x, a.type), state(d_h), state(d_c), d_weights};
+  return {as(d_x, a.type), state(d_h), state(d_c), std::move(d_weights)};
 }
 
-BackwardResult lstm_backward(const std::optional<Tensor> d_y, const std::optional<Tensor> d_h_n,
-                             const std::optional<Tensor> d_c_n, const Tensor x, const std::vector<Tensor> weights,
-                             const Tensor h_0, const Tensor c_0, const Tensor y, const Tensor gates, const Tensor cells,
-                             const Tensor layer_outputs, const std::optional<Tensor> batch_sizes,
-                             const std::optional<Tensor> dropout_mask, int64_t num_layers, bool bidirectional,
-                             bool has_bias, const std::vector<int64_t> needs) {
-  const Arguments a = parse(x, weights, h_0, c_0, batch_sizes, dropout_mask, num_layers, bidirectional, has_bias, true);
+BackwardResult lstm_backward(const OptionalTensor d_y, const OptionalTensor d_h_n, const OptionalTensor d_c_n,
+                             const Tensor x, const std::vector<Tensor> weights, const Tensor h_0, const Tensor c_0,
+                             const Tensor y, const std::vector<Tensor> saved, const OptionalTensor batch_sizes,
+                             const OptionalTensor lengths, const OptionalTensor reset_mask,
+                             const OptionalTensor dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                             const std::vector<int64_t> needs) {
+  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias};
+  const Arguments a = parse(call, true);
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
   FASTLSTM_CHECK(needs.size() == weights.size() + 2, "needs must have 2 + ", weights.size(), " entries, got ",
                  needs.size());
-  check_shape("gates", "[L*D, N, 4H] (was the forward pass run with save=True?)", gates, {states, p.N, kGates * p.H});
-  check_shape("cells", "[L*D, N, H]", cells, {states, p.N, p.H});
-  check_shape("layer_outputs", "[L-1, N, D*P]", layer_outputs, {p.layers - 1, p.N, width});
-  for (const Tensor* t : {&gates, &cells, &layer_outputs})
-    FASTLSTM_CHECK(t->scalar_type() == a.compute_type && t->is_contiguous(),
-                   "gates, cells and layer_outputs must be passed as the forward pass returned them");
-  check_shape("y", "[*x.shape[:-1], D*P]", y, with(a.rows, width));
-  if (d_y) check_shape("d_y", "[*x.shape[:-1], D*P]", *d_y, with(a.rows, width));
-  if (d_h_n) check_shape("d_h_n", "the shape of h_0", *d_h_n, with(a.states, p.output_size()));
-  if (d_c_n) check_shape("d_c_n", "the shape of c_0", *d_c_n, with(a.states, p.H));
-  const auto run = a.compute_type == ScalarType::Double ? backward<double> : backward<float>;
-  return run(a, {d_y, d_h_n, d_c_n}, x, weights, h_0, c_0, {y, gates, cells, layer_outputs}, dropout_mask, has_bias,
-             needs);
+  FASTLSTM_CHECK(saved.size() == 3, "saved must hold gates, cells and layer_outputs, got ", saved.size(),
+                 " tensors (was the forward pass run with save=True?)");
+  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, a.row_count, kGates * p.H});
+  check_shape("cells", "[L*D, N, H]", saved[1], {states, a.row_count, p.H});
+  check_shape("layer_outputs", "[L-1, N, D*P]", saved[2], {p.layers - 1, a.row_count, width});
+  for (const Tensor& t : saved)
+    FASTLSTM_CHECK(t.scalar_type() == a.compute_type && t.is_contiguous(),
+                   "saved must be passed as the forward pass returned it");
+  check_shape("y", "[*x.shape[:-1], D*P]", y, a.rows.then(width));
+  if (d_y) check_shape("d_y", "[*x.shape[:-1], D*P]", *d_y, a.rows.then(width));
+  if (d_h_n) check_shape("d_h_n", "the shape of h_0", *d_h_n, a.states.then(p.output_size()));
+  if (d_c_n) check_shape("d_c_n", "the shape of c_0", *d_c_n, a.states.then(p.H));
+  const OutputGradients d = {d_y, d_h_n, d_c_n};
+  return a.compute_type == ScalarType::Double ? backward<double>(a, call, d, y, saved, needs)
+                                              : backward<float>(a, call, d, y, saved, needs);
 }
 
 }  // namespace

@@ -28,11 +28,18 @@ struct Schedule {
   int64_t rows() const { return offsets.back(); }
 };
 
+// Rows that begin anew in mid-sequence: where a row of a step is marked, its h_{t-1} and c_{t-1} count as zero.
+struct Restarts {
+  std::vector<uint8_t> rows;   // [N]
+  std::vector<uint8_t> steps;  // [T]: whether any row of the step is marked
+};
+
 // One direction of one layer, forward. H: hidden size, P: size of h (H without projection).
 template <class T>
 struct ForwardTask {
   const Schedule* schedule;
-  bool reverse;  // steps run from the last to the first
+  const Restarts* restarts;  // null: none
+  bool reverse;              // steps run from the last to the first
   int64_t I, H, P;
 
   const T* x;          // [N, I], contiguous
@@ -44,6 +51,7 @@ struct ForwardTask {
   const T* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
   const T* h_0;        // [B, P]
+  T* restarted_h;      // [B, P], h_{t-1} of a step with restarts, where they are zero; null without restarts
   T* c;                // [B, H], running cell state: c_0 on entry, c_n when all steps are done
   T* hidden;           // [B, H], o * tanh(c) of the current step before projection; null without projection
   T* y;                // [N, y_stride], this direction's P columns
@@ -52,6 +60,7 @@ struct ForwardTask {
   T* cells;  // [N, H], c_t saved for backward; null in inference
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  bool restarts_at(int64_t t) const { return restarts && restarts->steps[t]; }
 };
 
 // One direction of one layer, backward: the part that runs step by step. The weight gradients are bulk products of
@@ -59,12 +68,14 @@ struct ForwardTask {
 template <class T>
 struct BackwardTask {
   const Schedule* schedule;
-  bool reverse;  // of the forward pass; backward runs the other way
+  const Restarts* restarts;  // as in the forward pass
+  bool reverse;              // of the forward pass; backward runs the other way
   int64_t H, P;
 
   const T* gates;      // [N, 4H], activations
   const T* cells;      // [N, H]
   const T* c_0;        // [B, H]
+  const T* zeros;      // [H], c_{t-1} of a restart; null without restarts
   const T* packed_hh;  // column panels of W_hh, K = 4H, P columns; null in the stepwise family
   const T* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
   const T* d_y;        // [N, d_y_stride] this direction's P columns, or null: zero
@@ -78,6 +89,7 @@ struct BackwardTask {
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }  // the step that made h_{t-1}
   int64_t next(int64_t t) const { return reverse ? t - 1 : t + 1; }
+  bool restarts_row(int64_t row) const { return restarts && restarts->rows[row]; }
 };
 
 struct Range {

@@ -186,13 +186,13 @@ void multiply_panels(const T* a, int64_t a_stride, int64_t rows, const T* packed
 
 // ---------------------------------------------------------------------------------------------- dot products
 
-// sum[r][c] += a[r] . w[c] over K, vectors along k; w rows are `w_stride` apart.
-template <class T, int kRows, int kColumns>
+// sum[r][g][u] += a[r] . w[g][u] over K, vectors along k. Rows w[g][0 ...] belong to adjacent units of one gate.
+template <class T, int kRows, int kGatesAtOnce, int kUnits>
 struct DotTile {
-  Vec<T> sum[kRows][kColumns] = {};
-  T tail[kRows][kColumns] = {};
+  Vec<T> sum[kRows][kGatesAtOnce][kUnits] = {};
+  T tail[kRows][kGatesAtOnce][kUnits] = {};
 
-  inline __attribute__((always_inline)) void add(const T* a, int64_t a_stride, const T* const* w, int64_t K) {
+  inline __attribute__((always_inline)) void add(const T* a, int64_t a_stride, const T* const (*w)[kUnits], int64_t K) {
     constexpr int W = kLanes<T>;
     int64_t k = 0;
     for (; k + W <= K; k += W) {
@@ -200,18 +200,24 @@ struct DotTile {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) left[r] = load(a + r * a_stride + k);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) {
-        const Vec<T> right = load(w[c] + k);
+      for (int g = 0; g < kGatesAtOnce; ++g)
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r][c] = fma(left[r], right, sum[r][c]);
-      }
+        for (int u = 0; u < kUnits; ++u) {
+          const Vec<T> right = load(w[g][u] + k);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) sum[r][g][u] = fma(left[r], right, sum[r][g][u]);
+        }
     }
     for (; k < K; ++k)
       for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < kColumns; ++c) tail[r][c] += a[r * a_stride + k] * w[c][k];
+        for (int g = 0; g < kGatesAtOnce; ++g)
+          for (int u = 0; u < kUnits; ++u) tail[r][g][u] += a[r * a_stride + k] * w[g][u][k];
   }
 
-  T total(int r, int c) const { return sum_lanes<T>(sum[r][c]) + tail[r][c]; }
+  void totals(int r, int g, T* out) const {
+    sum_lanes<T>(sum[r][g], out);
+    for (int u = 0; u < kUnits; ++u) out[u] += tail[r][g][u];
+  }
 };
 
 // Products of all gates of unit block `block` for kRows rows, h (and x where there is no gates_x) against stored
@@ -219,23 +225,25 @@ struct DotTile {
 template <class T, int kRows>
 void dot_block(const ForwardTask<T>& task, const T* h, int64_t h_stride, const T* x, int64_t block, T* out) {
   constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
-  constexpr int kUnits = kRows == 1 ? 2 : 1;  // units at once: eight chains at least, to hide the FMA latency
-  constexpr int kColumns = kUnits * kGates;
+  constexpr int kUnits = std::min(4, W);            // adjacent rows of a weight matrix: one stretch of memory
+  constexpr int kGatesAtOnce = kRows == 1 ? 2 : 1;  // eight chains at least, to hide the FMA latency
   const int64_t first = block * W, last = std::min<int64_t>(task.H, first + W);
   for (int64_t unit = first; unit < last; unit += kUnits) {
-    const T *w_hh[kColumns], *w_ih[kColumns];
-    for (int c = 0; c < kColumns; ++c) {
-      const int64_t row = (c % kGates) * task.H + std::min(unit + c / kGates, last - 1);
-      w_hh[c] = task.w_hh + row * task.P;
-      w_ih[c] = task.w_ih + row * task.I;
+    for (int gate = 0; gate < kGates; gate += kGatesAtOnce) {
+      const T *w_hh[kGatesAtOnce][kUnits], *w_ih[kGatesAtOnce][kUnits];
+      for (int g = 0; g < kGatesAtOnce; ++g)
+        for (int u = 0; u < kUnits; ++u) {
+          // Beyond the last unit the last one is computed again, for lanes that nobody reads.
+          const int64_t row = (gate + g) * task.H + std::min(unit + u, last - 1);
+          w_hh[g][u] = task.w_hh + row * task.P;
+          w_ih[g][u] = task.w_ih + row * task.I;
+        }
+      DotTile<T, kRows, kGatesAtOnce, kUnits> dots;
+      if (x) dots.add(x, task.I, w_ih, task.I);
+      dots.add(h, h_stride, w_hh, task.P);
+      for (int r = 0; r < kRows; ++r)
+        for (int g = 0; g < kGatesAtOnce; ++g) dots.totals(r, g, out + r * kRowStride + (gate + g) * W + unit - first);
     }
-    DotTile<T, kRows, kColumns> dots;
-    if (x) dots.add(x, task.I, w_ih, task.I);
-    dots.add(h, h_stride, w_hh, task.P);
-    for (int r = 0; r < kRows; ++r)
-      for (int c = 0; c < kColumns; ++c)
-        if (unit + c / kGates < last)
-          out[r * kRowStride + (c % kGates) * W + unit - first + c / kGates] = dots.total(r, c);
   }
 }
 
@@ -327,6 +335,11 @@ void forward_cells(const ForwardTask<T>& task, GateProduct product, int64_t t, R
   const Schedule& schedule = *task.schedule;
   const int64_t previous = task.previous(t);
   rows.end = std::min(rows.end, schedule.active(t));
+  if (task.restarts_at(t)) {
+    if (rows.begin < rows.end)
+      forward_segment(task, product, t, rows, blocks, task.restarted_h + rows.begin * task.P, task.P);
+    return;
+  }
   // Rows that were active in the previous step find h_{t-1} in y, the others start from h_0.
   const int64_t boundary = std::clamp(schedule.active(previous), rows.begin, std::max(rows.begin, rows.end));
   if (rows.begin < boundary) {
@@ -373,6 +386,10 @@ void backward_recurrent(const BackwardTask<T>& task, int64_t t, Range rows, Rang
   const T* d_gates = task.d_gates + (task.schedule->offsets[t] + rows.begin) * K;
   multiply_rows(d_gates, K, rows.end - rows.begin, task.packed_hh, K, task.P, panels, task.d_h + rows.begin * task.P,
                 task.P);
+  const int64_t first = panels.begin * 2 * kLanes<T>, last = std::min(task.P, panels.end * 2 * kLanes<T>);
+  for (int64_t b = rows.begin; b < rows.end; ++b)
+    if (task.restarts_row(task.schedule->offsets[t] + b))
+      std::fill(task.d_h + b * task.P + first, task.d_h + b * task.P + last, T(0));
 }
 
 template <class T>
@@ -419,10 +436,14 @@ void backward_cells(const BackwardTask<T>& task, int64_t t, Range rows, Range pa
   const int64_t offset = schedule.offsets[t], previous = task.previous(t), before = schedule.active(previous);
   const int64_t first = panels.begin * 2 * W, last = std::min(task.H, panels.end * 2 * W);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
-    const T* c_prev = b < before ? task.cells + (schedule.offsets[previous] + b) * task.H : task.c_0 + b * task.H;
+    const bool restarts = task.restarts_row(offset + b);
+    const T* c_prev = restarts     ? task.zeros
+                      : b < before ? task.cells + (schedule.offsets[previous] + b) * task.H
+                                   : task.c_0 + b * task.H;
     int64_t unit = first;
     for (; unit + W <= last; unit += W) backward_cell_of_units<T, false>(task, b, offset + b, c_prev, unit);
     if (unit < last) backward_cell_of_units<T, true>(task, b, offset + b, c_prev, unit);
+    if (restarts) std::fill(task.d_c + b * task.H + first, task.d_c + b * task.H + last, T(0));
   }
 }
 

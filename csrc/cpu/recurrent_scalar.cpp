@@ -2,6 +2,7 @@
 // AltiVec, or plain scalar code). No fused multiply-add is assumed.
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../cell.h"
 #include "kernels.h"

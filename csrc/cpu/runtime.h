@@ -8,9 +8,12 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 #include <type_traits>
-#include <vector>
+
+#include "../checks.h"
 
 namespace fastlstm::cpu {
 
@@ -19,6 +22,8 @@ using torch::stable::Tensor;
 
 template <class T>
 constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+constexpr int64_t kElementwiseGrain = 16384;  // elements below which a thread is not worth waking
 
 inline int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -29,29 +34,52 @@ void parallel(int64_t n, int64_t grain, const F& f) {
 }
 
 // An uninitialised contiguous tensor, without the detour through the dispatcher.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+inline Tensor empty(const Sizes& sizes, ScalarType type) {
   std::array<int64_t, 4> strides;
   int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  for (int64_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = stride;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-// Uninitialised memory of torch's allocator. An empty buffer is a null pointer.
+inline void zero(Tensor tensor) { torch::stable::zero_(tensor); }
+
+// A number that stands for the dtype, for comparisons: ScalarType takes many calls to make of it.
+inline int32_t dtype_code(const Tensor& tensor) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+// Uninitialised memory, aligned to cache lines: torch's, so that its allocator and memory profiler see it, but for a
+// few kilobytes, where making a tensor takes as long as a step of a small cell. An empty buffer is a null pointer.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size) {
-    if (size > 0) tensor_ = empty({size}, kScalarType<T>), data_ = static_cast<T*>(tensor_->data_ptr());
+    const size_t bytes = static_cast<size_t>(size) * sizeof(T);
+    if (bytes > kSmallBytes) {
+      tensor_ = empty({size}, kScalarType<T>);
+      data_ = static_cast<T*>(tensor_->data_ptr());
+    } else if (bytes > 0) {
+      small_.reset(static_cast<T*>(::operator new(bytes, kAlignment)));
+      data_ = small_.get();
+    }
   }
   T* data() const { return data_; }
 
  private:
+  static constexpr size_t kSmallBytes = 16384;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(T* p) const { ::operator delete(p, kAlignment); }
+  };
+
   std::optional<Tensor> tensor_;
+  std::unique_ptr<T, Delete> small_;
   T* data_ = nullptr;
 };
 

@@ -9,7 +9,6 @@ namespace fastlstm::cpu {
 
 namespace {
 
-constexpr int64_t kElementwiseGrain = 16384;  // elements below which a thread is not worth waking
 constexpr int64_t kPackGrain = 16384;
 
 // f(direction, first, last) for the sub-ranges of D adjacent ranges of n items each, over all threads.
@@ -75,6 +74,24 @@ int64_t backward_step(const Task& task, int64_t s) {
 
 // ------------------------------------------------------------------------------------------------ forward
 
+// Before step t, where rows restart: h_{t-1} of all rows copied, zero where they do, and c_{t-1} zeroed in place.
+template <class T>
+void restart_rows(const ForwardTask<T>& task, int64_t t, Range rows) {
+  if (!task.restarts_at(t)) return;
+  const Schedule& schedule = *task.schedule;
+  const int64_t previous = task.previous(t), before = schedule.active(previous);
+  for (int64_t b = rows.begin; b < std::min(rows.end, schedule.active(t)); ++b) {
+    T* const h = task.restarted_h + b * task.P;
+    if (task.restarts->rows[schedule.offsets[t] + b]) {
+      std::fill_n(h, task.P, T(0));
+      std::fill_n(task.c + b * task.H, task.H, T(0));
+    } else {
+      std::copy_n(b < before ? task.y + (schedule.offsets[previous] + b) * task.y_stride : task.h_0 + b * task.P,
+                  task.P, h);
+    }
+  }
+}
+
 template <class T>
 void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k, const PassPlan& plan) {
   const ForwardTask<T>& first = tasks[0];
@@ -91,6 +108,7 @@ void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k
         const ForwardTask<T>& task = tasks[items[i].direction];
         for (int64_t s = 0; s < schedule.steps(); ++s) {
           const int64_t t = forward_step(task, s);
+          restart_rows(task, t, items[i].rows);
           k.forward_cells(task, product, t, items[i].rows, {0, blocks});
           if (task.hidden) k.forward_project(task, t, items[i].rows, {0, panels});
         }
@@ -99,6 +117,7 @@ void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k
     return;
   }
   for (int64_t s = 0; s < schedule.steps(); ++s) {
+    for (const ForwardTask<T>& task : tasks) restart_rows(task, forward_step(task, s), all_rows);
     parallel_directions(directions, blocks, [&](int64_t d, int64_t begin, int64_t end) {
       k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, {begin, end});
     });
@@ -118,12 +137,17 @@ void forward_stepwise(const ForwardTask<T>& task, T* gates_x, const T* w_hr, con
   for (int64_t s = 0; s < schedule.steps(); ++s) {
     const int64_t t = forward_step(task, s), previous = task.previous(t), rows = schedule.active(t);
     const Matrix<T> gates = dense(gates_x + schedule.offsets[t] * kGates * task.H, rows, kGates * task.H);
-    const int64_t running = std::min(rows, schedule.active(previous));
-    if (running > 0)
-      matmul<T>(gates.rows_from(0, running),
-                {task.y + schedule.offsets[previous] * task.y_stride, running, task.P, task.y_stride}, w_hh, true);
-    matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P),
-              w_hh, true);
+    if (task.restarts_at(t)) {
+      restart_rows(task, t, {0, rows});
+      matmul<T>(gates, dense<const T>(task.restarted_h, rows, task.P), w_hh, true);
+    } else {
+      const int64_t running = std::min(rows, schedule.active(previous));
+      if (running > 0)
+        matmul<T>(gates.rows_from(0, running),
+                  {task.y + schedule.offsets[previous] * task.y_stride, running, task.P, task.y_stride}, w_hh, true);
+      matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P),
+                w_hh, true);
+    }
     parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
       k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks});
     });
@@ -162,6 +186,8 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
   const Buffer<T> dropped(stack.dropout_mask ? N * width : 0);
   const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * N * gate_columns : 0);
   const Buffer<T> hidden(p.P > 0 ? p.directions * p.B * H : 0);
+  const bool restarts = stack.restarts[0] || stack.restarts[1];
+  const Buffer<T> restarted_h(restarts ? p.directions * p.B * P : 0);
   const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
   const int64_t widest_input = std::max(p.I, inner_layers > 0 ? width : 0);
   const int64_t ih_size = packed && !plan.bulk_input ? packed_gates_size(k, H, widest_input) : 0;
@@ -196,6 +222,7 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
 
       ForwardTask<T> task;
       task.schedule = stack.schedule;
+      task.restarts = stack.restarts[d];
       task.reverse = d == 1;
       task.I = I;
       task.H = H;
@@ -209,6 +236,7 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
       task.packed_hr = pack_hr;
       task.bias = direction_bias;
       task.h_0 = stack.h_0 + index * p.B * P;
+      task.restarted_h = restarts ? restarted_h.data() + d * p.B * P : nullptr;
       task.c = stack.c_n + index * p.B * H;
       task.hidden = p.P > 0 ? hidden.data() + d * p.B * H : nullptr;
       task.y = output + d * P;
@@ -295,6 +323,8 @@ void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, c
     matmul<T>(dense(task.d_h, rows, task.P),
               dense<const T>(task.d_gates + schedule.offsets[t] * columns, rows, columns),
               dense(w.w_hh, columns, task.P));
+    for (int64_t b = 0; b < rows; ++b)
+      if (task.restarts_row(schedule.offsets[t] + b)) std::fill_n(task.d_h + b * task.P, task.P, T(0));
   };
   for (int64_t s = 0; s < schedule.steps(); ++s) {
     const int64_t t = backward_step(task, s), rows = schedule.active(t);
@@ -311,15 +341,20 @@ void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, c
   if (needs_d_h_0) recurrent(backward_step(task, schedule.steps() - 1));
 }
 
-// h_{t-1} of every row, gathered: needed where the rows of two steps do not line up.
+// h_{t-1} of every row, gathered: needed where the rows of two steps do not line up, or some restart.
 template <class T>
 void gather_previous(const BackwardTask<T>& task, const T* y, int64_t y_stride, const T* h_0, T* out) {
   const Schedule& schedule = *task.schedule;
   for (int64_t t = 0; t < schedule.steps(); ++t) {
     const int64_t previous = task.previous(t);
-    for (int64_t b = 0; b < schedule.active(t); ++b)
-      std::copy_n(b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride : h_0 + b * task.P,
-                  task.P, out + (schedule.offsets[t] + b) * task.P);
+    for (int64_t b = 0; b < schedule.active(t); ++b) {
+      const int64_t row = schedule.offsets[t] + b;
+      if (task.restarts_row(row))
+        std::fill_n(out + row * task.P, task.P, T(0));
+      else
+        std::copy_n(b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride : h_0 + b * task.P,
+                    task.P, out + row * task.P);
+    }
   }
 }
 
@@ -330,7 +365,7 @@ void recurrent_weight_gradient(const BackwardTask<T>& task, const T* y, int64_t 
   const int64_t N = schedule.rows(), B = schedule.active(0), columns = kGates * task.H;
   const Matrix<T> out = dense(d_w_hh, columns, task.P);
   const Matrix<const T> d_gates = dense<const T>(task.d_gates, N, columns);
-  if (N != schedule.steps() * B) {
+  if (N != schedule.steps() * B || task.restarts) {
     const Buffer<T> previous(N * task.P);
     gather_previous(task, y, y_stride, h_0, previous.data());
     matmul<T>(out, d_gates.transposed(), dense<const T>(previous.data(), N, task.P));
@@ -364,6 +399,8 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
   const Buffer<T> dropped(inner && stack.dropout_mask ? N * width : 0);
   const Buffer<T> ones(N);
   std::fill_n(ones.data(), N, T(1));
+  const Buffer<T> zeros(stack.restarts[0] || stack.restarts[1] ? H : 0);
+  std::fill_n(zeros.data(), zeros.data() ? H : 0, T(0));
 
   // Layers below the lowest one that needs a gradient are not visited.
   int64_t lowest = 0;
@@ -389,11 +426,13 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
 
       BackwardTask<T> task;
       task.schedule = stack.schedule;
+      task.restarts = stack.restarts[d];
       task.reverse = d == 1;
       task.H = H;
       task.P = P;
       task.gates = stack.gates + index * N * columns;
       task.cells = stack.cells + index * N * H;
+      task.zeros = zeros.data();
       task.c_0 = stack.c_0 + index * p.B * H;
       task.packed_hh = pack_hh;
       task.packed_hr = pack_hr;

@@ -27,6 +27,7 @@ template <class T>
 struct StackInputs {
   const Problem* problem;
   const Schedule* schedule;
+  const Restarts* restarts[2];  // per direction, null: none
   const Kernels<T>* kernels;
   const T* x;                             // [N, I]
   std::vector<Weights<const T>> weights;  // [L * D]

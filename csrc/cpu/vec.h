@@ -82,6 +82,48 @@ inline T sum_lanes(Vec<T> v) {
 }
 
 template <class T>
+struct Quad {
+  typedef T Vec __attribute__((vector_size(4 * sizeof(T))));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index __attribute__((vector_size(4 * sizeof(T))));
+};
+
+// Four lanes out of the eight of a and b.
+template <class T, int i, int j, int k, int l>
+inline typename Quad<T>::Vec pick(typename Quad<T>::Vec a, typename Quad<T>::Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  return __builtin_shuffle(a, b, typename Quad<T>::Index{i, j, k, l});
+#endif
+}
+
+// Two pairs of sums: lanes l and l + 2 of a, then of b.
+template <class T>
+inline typename Quad<T>::Vec add_halves(typename Quad<T>::Vec a, typename Quad<T>::Vec b) {
+  return pick<T, 0, 1, 4, 5>(a, b) + pick<T, 2, 3, 6, 7>(a, b);
+}
+
+// out[i] = sum_lanes(v[i]), in the same order; four vectors at once with a quarter of the additions.
+template <class T, int N>
+inline void sum_lanes(const Vec<T> (&v)[N], T* out) {
+  if constexpr (N != 4) {
+    for (int i = 0; i < N; ++i) out[i] = sum_lanes<T>(v[i]);
+  } else {
+    typename Quad<T>::Vec quads[4];
+    for (int i = 0; i < 4; ++i) {
+      typename Quad<T>::Vec parts[kLanes<T> / 4];
+      __builtin_memcpy(parts, &v[i], sizeof(parts));
+      for (int width = kLanes<T> / 8; width > 0; width /= 2)
+        for (int q = 0; q < width; ++q) parts[q] += parts[q + width];
+      quads[i] = parts[0];
+    }
+    const typename Quad<T>::Vec low = add_halves<T>(quads[0], quads[1]), high = add_halves<T>(quads[2], quads[3]);
+    const typename Quad<T>::Vec sums = pick<T, 0, 2, 4, 6>(low, high) + pick<T, 1, 3, 5, 7>(low, high);
+    __builtin_memcpy(out, &sums, sizeof(sums));
+  }
+}
+
+template <class T>
 constexpr T inverse_factorial(int k) {
   T product = 1;
   for (int j = 2; j <= k; ++j) product *= static_cast<T>(j);
