@@ -38,13 +38,14 @@ py::dict pass_to_dict(const PassPlan& pass) {
   d["family"] = family_name(pass.family);
   d["split"] = split_name(pass.split);
   d["bulk_input"] = pass.bulk_input;
+  d["products"] = products_name(pass.products);
   d["cycles"] = pass.cycles;
   return d;
 }
 
 py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
-                  int64_t compute_bytes, bool training, int threads) {
-  const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training};
+                  int64_t compute_bytes, bool training, bool bf16_allowed, int threads) {
+  const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training, bf16_allowed};
   const Plan plan = make_plan(problem, cpu::this_machine(threads), cpu::forced().plan);
   py::dict d;
   d["forward"] = pass_to_dict(plan.forward);
@@ -57,22 +58,25 @@ py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t
 
 using Name = std::optional<std::string>;
 
-void set_forced(const Name& plan, const Name& isa, const Name& split, std::optional<bool> bulk_input) {
+void set_forced(const Name& plan, const Name& isa, const Name& split, std::optional<bool> bulk_input,
+                const Name& products) {
   cpu::Forced forced;
   if (plan) forced.plan.family = parse_name("plan", *plan, families(), family_name);
   if (isa) forced.isa = parse_name("isa", *isa, cpu::available_isas(), cpu::isa_name);
   if (split) forced.plan.split = parse_name("split", *split, splits(), split_name);
   forced.plan.bulk_input = bulk_input;
+  if (products) forced.plan.products = parse_name("products", *products, all_products(), products_name);
   cpu::set_forced(forced);
 }
 
-std::tuple<Name, Name, Name, std::optional<bool>> get_forced() {
+std::tuple<Name, Name, Name, std::optional<bool>, Name> get_forced() {
   const cpu::Forced forced = cpu::forced();
-  Name plan, isa, split;
+  Name plan, isa, split, products;
   if (forced.plan.family) plan = family_name(*forced.plan.family);
   if (forced.isa) isa = cpu::isa_name(*forced.isa);
   if (forced.plan.split) split = split_name(*forced.plan.split);
-  return {plan, isa, split, forced.plan.bulk_input};
+  if (forced.plan.products) products = products_name(*forced.plan.products);
+  return {plan, isa, split, forced.plan.bulk_input, products};
 }
 
 }  // namespace
@@ -81,8 +85,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of fastlstm: operators (registered on import), planner, build information.";
   m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
-        py::arg("threads"));
-  m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"));
+        py::arg("bf16_allowed"), py::arg("threads"));
+  m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"),
+        py::arg("products"));
   m.def("get_forced", &get_forced);
   m.def("plans", [] { return names(families(), family_name); });
   m.def("isas_compiled", [] { return names(cpu::compiled_isas(), cpu::isa_name); });

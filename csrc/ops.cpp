@@ -12,6 +12,7 @@
 //                the sequence there, so the reverse direction begins anew at the step before
 //   dropout_mask [L-1, T, B, D*P] (packed: [L-1, N, D*P]): factors on the outputs of all layers but the last, as the
 //                layer above reads them
+//   allow_bf16   whether products of float32 tensors may be taken of values rounded to bfloat16 (sums stay float32)
 //   save         whether to keep what lstm_backward needs
 //
 // Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, and with `save` three tensors in the compute type (float32 below
@@ -25,11 +26,12 @@
 STABLE_TORCH_LIBRARY(fastlstm, m) {
   m.def(
       "lstm(Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, bool save) -> "
+      "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, bool allow_bf16, "
+      "bool save) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor[] saved)");
   m.def(
       "lstm_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, "
       "Tensor y, Tensor[] saved, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? dropout_mask, "
-      "int num_layers, bool bidirectional, bool has_bias, int[] needs) -> "
+      "int num_layers, bool bidirectional, bool has_bias, bool allow_bf16, int[] needs) -> "
       "(Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights)");
 }

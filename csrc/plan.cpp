@@ -36,6 +36,7 @@ struct Candidate {
   Family family;
   Split split;
   bool bulk_input;
+  Products products;
 };
 
 struct Shape {  // one layer and one direction
@@ -44,6 +45,11 @@ struct Shape {  // one layer and one direction
 };
 
 double lanes(const Problem& p, const Machine& m) { return static_cast<double>(m.vector_bytes) / p.compute_bytes; }
+
+// Bytes of a factor of the products.
+double factor_bytes(Products products, const Problem& p) {
+  return products == Products::kBf16 ? 2 : static_cast<double>(p.compute_bytes);
+}
 
 // Multiply-adds per cycle of one core: two FMA pipes, or separate multiplies and adds.
 double peak(const Problem& p, const Machine& m) { return lanes(p, m) * (m.fma ? 2 : 1); }
@@ -74,11 +80,11 @@ Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) 
 }
 
 // Cycles of the products and the cell of one step on one core, K terms in each product.
-double step_cycles(Family family, const Share& share, double K, const Problem& p, const Machine& m) {
-  const bool narrow = share.rows < 4, dots = family == Family::kUnpacked;
-  const double outputs = share.rows * share.units * 4;
-  const double rate = peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
-  const double bytes = share.units * 4 * K * static_cast<double>(p.compute_bytes);
+double step_cycles(const Candidate& c, const Share& share, double K, const Problem& p, const Machine& m) {
+  const bool narrow = share.rows < 4, dots = c.family == Family::kUnpacked;
+  const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
+  const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
+  const double bytes = share.units * 4 * K * factor_bytes(c.products, p);
   const double passes = std::ceil(share.rows / cost::kChunkRows);
   const double read = passes * read_cycles(bytes, narrow && !dots ? cost::kNarrowL3Bytes : cost::kL3Bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
@@ -115,7 +121,7 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
-  double total = s.steps * step_cycles(c.family, share, K, p, m) + (c.bulk_input ? bulk : 0);
+  double total = s.steps * step_cycles(c, share, K, p, m) + (c.bulk_input ? bulk : 0);
   if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 2 : 1);
   if (c.family == Family::kPacked)
     total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
@@ -125,7 +131,7 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
 double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
   if (c.family == Family::kStepwise) return s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
-  double total = s.steps * step_cycles(c.family, share, s.P, p, m);
+  double total = s.steps * step_cycles(c, share, s.P, p, m);
   if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 3 : 1);
   const double pack = static_cast<double>(p.directions) * 4 * s.H * s.P * cost::kCopyPerElement / m.threads;
   return total + pack + cost::kForkJoin;
@@ -133,23 +139,28 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
 
 // The limits of the families: the only place that states them.
 std::vector<Candidate> candidates(const Problem& p, bool backward) {
-  std::vector<Candidate> all = {{Family::kStepwise, Split::kRows, !backward}};
+  constexpr Products kFull = Products::kFull, kBf16 = Products::kBf16;
+  std::vector<Candidate> all = {{Family::kStepwise, Split::kRows, !backward, kFull}};
   for (const Split split : {Split::kRows, Split::kUnits}) {
-    all.push_back({Family::kPacked, split, false});
+    all.push_back({Family::kPacked, split, false, kFull});
+    // Both products of a bfloat16 step go through its tiles: the library's would leave a rounded sum of the first.
+    if (p.bf16_allowed && p.compute_bytes == 4) all.push_back({Family::kPacked, split, false, kBf16});
     if (backward) continue;
-    all.push_back({Family::kPacked, split, true});
+    all.push_back({Family::kPacked, split, true, kFull});
     // Dot products need h as a row of P values in y and have no projection of their own; their backward is packed's.
     if (p.P == 0) {
-      all.push_back({Family::kUnpacked, split, false});
-      all.push_back({Family::kUnpacked, split, true});
+      all.push_back({Family::kUnpacked, split, false, kFull});
+      all.push_back({Family::kUnpacked, split, true, kFull});
     }
   }
   return all;
 }
 
-bool allowed(const Candidate& c, const Constraints& constraints) {
+// Legal everywhere, bfloat16 products are worth considering only where an instruction takes them.
+bool allowed(const Candidate& c, const Constraints& constraints, const Machine& m) {
   return c.family == constraints.family.value_or(c.family) && c.split == constraints.split.value_or(c.split) &&
-         c.bulk_input == constraints.bulk_input.value_or(c.bulk_input);
+         c.bulk_input == constraints.bulk_input.value_or(c.bulk_input) &&
+         (constraints.products ? c.products == *constraints.products : c.products == Products::kFull || m.bf16);
 }
 
 // The cheapest candidate within the constraints.
@@ -162,16 +173,21 @@ PassPlan choose(const Problem& p, const Machine& m, const Constraints& constrain
                        input, static_cast<double>(p.H), static_cast<double>(p.output_size())};
   std::optional<PassPlan> best;
   for (const Candidate& c : candidates(p, backward)) {
-    if (!allowed(c, constraints)) continue;
+    if (!allowed(c, constraints, m)) continue;
     const double cycles =
         static_cast<double>(p.layers) * (backward ? backward_cycles(c, shape, p, m) : forward_cycles(c, shape, p, m));
-    if (!best || cycles < best->cycles) best = PassPlan{c.family, c.split, c.bulk_input, cycles};
+    if (!best || cycles < best->cycles) best = PassPlan{c.family, c.split, c.bulk_input, c.products, cycles};
   }
   if (best) return *best;
   std::ostringstream message;
   message << "the forced plan cannot run this problem: ";
   if (constraints.family == Family::kUnpacked && p.P > 0)
     message << "'unpacked' does not support proj_size > 0";
+  else if (constraints.products == Products::kBf16 && !p.bf16_allowed)
+    message << "products='bf16' needs bfloat16 tensors, or float32 and torch's permission "
+               "(torch.backends.mkldnn.rnn.fp32_precision = 'bf16')";
+  else if (constraints.products == Products::kBf16)
+    message << "products='bf16' needs the plan 'packed' without bulk_input";
   else
     message << "'stepwise' has no variant but split='rows' with bulk_input=True";
   throw std::invalid_argument(message.str());
@@ -189,9 +205,13 @@ const char* family_name(Family family) {
 
 const char* split_name(Split split) { return split == Split::kRows ? "rows" : "units"; }
 
+const char* products_name(Products products) { return products == Products::kFull ? "full" : "bf16"; }
+
 std::vector<Family> families() { return {Family::kStepwise, Family::kPacked, Family::kUnpacked}; }
 
 std::vector<Split> splits() { return {Split::kRows, Split::kUnits}; }
+
+std::vector<Products> all_products() { return {Products::kFull, Products::kBf16}; }
 
 PassPlan plan_forward(const Problem& problem, const Machine& machine, const Constraints& constraints) {
   return choose(problem, machine, constraints, false);
@@ -207,7 +227,7 @@ PassPlan plan_backward(const Problem& problem, const Machine& machine, const Con
 Plan make_plan(const Problem& problem, const Machine& machine, const Constraints& constraints) {
   Plan plan = {plan_forward(problem, machine, constraints), std::nullopt, {}};
   if (problem.training) plan.backward = plan_backward(problem, machine, constraints);
-  const bool free = !constraints.family && !constraints.split && !constraints.bulk_input;
+  const bool free = !constraints.family && !constraints.split && !constraints.bulk_input && !constraints.products;
   std::ostringstream reason;
   reason << (free ? "cheapest of all legal variants" : "cheapest of what is forced") << ": forward "
          << std::llround(plan.forward.cycles / 1000) << "k cycles estimated";

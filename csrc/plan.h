@@ -25,10 +25,17 @@ enum class Split {
   kUnits,  // hidden units: each thread keeps its slice of the weights in its cache, one fork-join per step
 };
 
+// What the factors of the recurrent products are rounded to; sums are float32 or float64 always.
+enum class Products {
+  kFull,  // nothing: they stay float32 or float64
+  kBf16,  // bfloat16; packed family only
+};
+
 struct Machine {
   int threads;
   int vector_bytes;  // of the instruction set that will run
   bool fma;
+  bool bf16;         // it multiplies bfloat16, at twice the rate of float32
   int64_t l2_bytes;  // per core
 };
 
@@ -37,6 +44,7 @@ struct Constraints {
   std::optional<Family> family;
   std::optional<Split> split;
   std::optional<bool> bulk_input;
+  std::optional<Products> products;
 };
 
 // One pass (forward or backward) of a plan.
@@ -44,7 +52,8 @@ struct PassPlan {
   Family family = Family::kStepwise;
   Split split = Split::kRows;
   bool bulk_input = false;  // forward only: x W_ih^T is one library GEMM over all steps, not part of each step's tile
-  double cycles = 0;        // estimate that won
+  Products products = Products::kFull;
+  double cycles = 0;  // estimate that won
 };
 
 struct Plan {
@@ -55,8 +64,10 @@ struct Plan {
 
 const char* family_name(Family family);
 const char* split_name(Split split);
+const char* products_name(Products products);
 std::vector<Family> families();
 std::vector<Split> splits();
+std::vector<Products> all_products();
 
 // Each throws std::invalid_argument when nothing within the constraints can run the problem. A family without a
 // backward pass of its own leaves the family of the backward pass to the planner.

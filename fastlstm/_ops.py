@@ -42,7 +42,8 @@ def lstm(
     Raises:
         RuntimeError: an argument does not fit; the message is the operator's.
     """
-    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias)
+    allow_bf16 = x.dtype is torch.float32 and bf16_products_permitted()
+    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, allow_bf16)
     save = torch.is_grad_enabled() and (
         x.requires_grad or h_0.requires_grad or c_0.requires_grad or any(w.requires_grad for w in weights)
     )
@@ -67,6 +68,16 @@ def lstm(
     return y, h_n, c_n
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def bf16_products_permitted() -> bool:
+    """Whether the user lets products of float32 tensors be taken of bfloat16 values, by torch's switch for RNNs.
+
+    That is ``torch.backends.mkldnn.rnn.fp32_precision = "bf16"``; compiled code keeps what it was compiled under.
+    """
+    permitted: bool = torch._C._get_fp32_precision_getter("mkldnn", "rnn") == "bf16"
+    return permitted
+
+
 def _reference(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -79,6 +90,7 @@ def _reference(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
+    _allow_bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator as differentiable PyTorch: what derivatives without a formula of their own are taken of."""
     single_step = h_0.dim() == 2
@@ -113,6 +125,7 @@ def _check(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
+    _allow_bf16: bool,
 ) -> None:
     """The checks that a kernel makes, where none runs."""
     if batch_sizes is None and h_0.dim() == 2:
@@ -136,9 +149,10 @@ def _lstm_fake(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
+    allow_bf16: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias)
+    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, allow_bf16)
     _check(x, weights, h_0, c_0, *options)
     directions = 2 if bidirectional else 1
     width, hidden = directions * h_0.size(-1), c_0.size(-1)
@@ -166,6 +180,7 @@ def _lstm_backward_fake(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
+    allow_bf16: bool,
     needs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(tensor: Tensor, needed: int) -> Tensor:
@@ -176,7 +191,7 @@ def _lstm_backward_fake(
 
 
 # What backward is given beside the operator's tensors: batch_sizes, lengths, reset_mask and dropout_mask, which are
-# saved as tensors, then num_layers, bidirectional and has_bias.
+# saved as tensors, then num_layers, bidirectional, has_bias and allow_bf16.
 _TENSOR_OPTIONS = 4
 
 
@@ -214,12 +229,12 @@ def _backward(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
     needs_x, needs_weights, *needs_states = ctx.needs_input_grad[:4]
     needs = [needs_x, *needs_states, *needs_weights]
     d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx.saved_tensors, ctx.structure, d_outputs[:3], needs)
-    return d_x, d_weights, d_h_0, d_c_0, *[None] * 8
+    return d_x, d_weights, d_h_0, d_c_0, *[None] * 9
 
 
 def _gradients(
     tensors: tuple[Any, ...],
-    structure: tuple[int, bool, bool],
+    structure: tuple[int, bool, bool, bool],
     d_outputs: tuple[Tensor | None, ...],
     needs: list[bool],
 ) -> list[Tensor | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastlstm import _C
+from fastlstm import _C, _ops
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,17 @@ class Plan:
     ``forward`` and ``backward`` name kernel families (``backward`` is None without training).
     ``forward_split`` and ``backward_split`` say what threads divide: ``"rows"`` of the batch (no
     synchronisation) or hidden ``"units"`` (threads meet after every step). ``bulk_input``: x W_ih^T is one GEMM
-    over all steps, not part of each step.
+    over all steps, not part of each step. The products are ``"full"``, or ``"bf16"`` where their factors are rounded
+    to bfloat16 (sums never are).
     """
 
     forward: str
     forward_split: str
     bulk_input: bool
+    forward_products: str
     backward: str | None
     backward_split: str | None
+    backward_products: str | None
     isa: str
     threads: int
     reason: str
@@ -40,9 +43,11 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        text = f"forward {self.forward} (by {self.forward_split}{', bulk input' if self.bulk_input else ''})"
+        bf16 = ", bf16 products"
+        forward = [self.forward_split, ", bulk input" * self.bulk_input, bf16 * (self.forward_products == "bf16")]
+        text = f"forward {self.forward} (by {''.join(forward)})"
         if self.backward is not None:
-            text += f", backward {self.backward} (by {self.backward_split})"
+            text += f", backward {self.backward} (by {self.backward_split}{bf16 * (self.backward_products == 'bf16')})"
         return f"{text}, {self.isa}, {self.threads} threads; {self.reason}"
 
 
@@ -105,6 +110,7 @@ def plan(
         directions=D,
         compute_bytes=8 if dtype == torch.float64 else 4,
         training=training,
+        bf16_allowed=dtype == torch.bfloat16 or (dtype in (None, torch.float32) and _ops.bf16_products_permitted()),
         threads=torch.get_num_threads(),
     )
     forward, backward = found["forward"], found["backward"]
@@ -112,8 +118,10 @@ def plan(
         forward=forward["family"],
         forward_split=forward["split"],
         bulk_input=forward["bulk_input"],
+        forward_products=forward["products"],
         backward=backward["family"] if backward else None,
         backward_split=backward["split"] if backward else None,
+        backward_products=backward["products"] if backward else None,
         isa=found["isa"],
         threads=found["threads"],
         reason=found["reason"],
@@ -137,6 +145,7 @@ def force(
     *,
     split: str | None = None,
     bulk_input: bool | None = None,
+    products: str | None = None,
 ) -> Iterator[None]:
     """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
 
@@ -146,13 +155,16 @@ def force(
         isa: an instruction set of :func:`available_isas`, or None for the best.
         split: what threads divide in both passes, ``"rows"`` or ``"units"`` (see :class:`Plan`), or None.
         bulk_input: whether the input product is one GEMM over all steps, or None.
+        products: ``"full"``, or ``"bf16"`` for factors rounded to bfloat16 (of bfloat16 tensors, or of float32 ones
+            with ``torch.backends.mkldnn.rnn.fp32_precision = "bf16"``; on a CPU without an instruction for them
+            they are slow), or None: then they are used where they are allowed and fast.
 
     Raises:
         ValueError: the name is unknown, or this CPU lacks the instruction set. A forced plan that cannot run a
             problem raises when the problem comes.
     """
     before = _C.get_forced()
-    _C.set_forced(plan, isa, split, bulk_input)
+    _C.set_forced(plan, isa, split, bulk_input, products)
     try:
         yield
     finally:

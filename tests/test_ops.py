@@ -6,6 +6,7 @@ because that is where indexing goes wrong.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import fastlstm
 from fastlstm import _ops, reference
+from fastlstm.verify import compare
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,79 @@ def test_splits_among_threads(case: Case, split: str, threads: int) -> None:
                 check(case)
 
 
+@contextlib.contextmanager
+def bf16_products(isa: str | None = None, split: str | None = None) -> Iterator[None]:
+    rnn = torch.backends.mkldnn.rnn  # type: ignore[attr-defined]
+    before = rnn.fp32_precision
+    rnn.fp32_precision = "bf16"
+    try:
+        with fastlstm.force("packed", isa, split=split, products="bf16"):
+            yield
+    finally:
+        rnn.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", fastlstm.available_isas())
+@pytest.mark.parametrize("case", CASES[1:], ids=str)  # a single element has no scale to measure rounding by
+def test_bf16_products(case: Case, isa: str, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    full, exact = expected(case)
+    torchs = Problem.of(case).solve(reference.lstm, torch.bfloat16)
+    with bf16_products(isa):
+        ours = Problem.of(case).solve(_ops.lstm, dtype)
+    for name, tensor in ours.items():
+        report = compare(name, tensor, torchs[name], exact[name], dtype=torch.bfloat16)
+        assert report.ok, str(report)
+    if dtype == torch.float32:
+        assert (ours["y"] - full["y"]).abs().max() > 1e-5, "nothing was rounded"
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("split", ["rows", "units"])
+@pytest.mark.parametrize("case", [CASES[9], CASES[12], CASES[15], CASES[16]], ids=str)
+def test_bf16_products_do_not_depend_on_threads(case: Case, split: str, threads: int) -> None:
+    with bf16_products():
+        alone = Problem.of(case).solve(_ops.lstm, case.dtype)
+    torch.set_num_threads(threads)
+    with bf16_products(split=split):
+        together = Problem.of(case).solve(_ops.lstm, case.dtype)
+    for name, tensor in alone.items():
+        if name == "d_x" or name.startswith("d_weights"):  # sums of the library's GEMM
+            torch.testing.assert_close(together[name], tensor)
+        else:
+            assert torch.equal(together[name], tensor), name
+
+
+@pytest.mark.parametrize("isa", fastlstm.available_isas())
+def test_bf16_products_round_to_nearest_even(isa: str) -> None:
+    """With one term in each sum, products of rounded factors are full products of factors rounded before."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 300, 1, generator=generator)
+    tie = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001], dtype=torch.int32).view(torch.float32)
+    x[0, :4, 0] = tie
+    x[0, 4:7, 0] = torch.tensor([float("nan"), float("inf"), 1e-30])
+    h_0, c_0 = torch.randn(2, 1, 300, 1, generator=generator)
+    weights = list(torch.randn(4, 4, 1, generator=generator))
+    weights[2:] = [b.flatten() for b in weights[2:]]
+    options = (None, None, None, None, 1, False, True)
+    with bf16_products(isa):
+        rounded = _ops.lstm(x, weights, h_0, c_0, *options)
+    x, h_0, *weights[:2] = (t.bfloat16().float() for t in (x, h_0, *weights[:2]))
+    with fastlstm.force("packed", isa, bulk_input=False):
+        expected = _ops.lstm(x, weights, h_0, c_0, *options)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bf16_products_need_permission_and_the_packed_plan() -> None:
+    p = Problem.of(CASES[1])
+    arguments = (p.x, p.weights, p.h_0, p.c_0)
+    with fastlstm.force(products="bf16"), pytest.raises(ValueError, match="needs bfloat16 tensors, or float32 and"):
+        _ops.lstm(*arguments, **p.options)
+    with bf16_products(), fastlstm.force("stepwise", products="bf16"), pytest.raises(ValueError, match="'packed'"):
+        _ops.lstm(*arguments, **p.options)
+
+
 def test_many_threads_split_the_hidden_units() -> None:
     """B = 1 leaves rows to one thread, so the planner splits units where they are many."""
     torch.set_num_threads(2)
@@ -239,7 +314,7 @@ def arguments(request: pytest.FixtureRequest) -> Iterator[tuple[object, ...]]:
     p = Problem.of(request.param)
     weights = [w.requires_grad_() for w in p.weights]
     case = p.case
-    options = (p.batch_sizes, p.lengths, p.reset_mask, p.dropout_mask, case.L, case.D == 2, case.bias)
+    options = (p.batch_sizes, p.lengths, p.reset_mask, p.dropout_mask, case.L, case.D == 2, case.bias, False)
     yield (p.x, weights, p.h_0, p.c_0, *options)
 
 
@@ -274,7 +349,9 @@ def test_opcheck_backward(arguments: tuple[object, ...]) -> None:
 def test_saves_by_grad_mode_alone() -> None:
     p = Problem.of(CASES[1])
     with torch.no_grad():
-        *_, saved = torch.ops.fastlstm.lstm(p.x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False)
+        *_, saved = torch.ops.fastlstm.lstm(
+            p.x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False, False
+        )
     assert saved == []
     y, _, _ = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
     assert not y.requires_grad
@@ -285,7 +362,7 @@ def test_saves_by_grad_mode_alone() -> None:
 def test_backward_without_saving_says_so() -> None:
     p = Problem.of(CASES[1])
     x = p.x.requires_grad_()
-    y, *_ = torch.ops.fastlstm.lstm(x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False)
+    y, *_ = torch.ops.fastlstm.lstm(x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False, False)
     with pytest.raises(RuntimeError, match="save=True"):
         y.sum().backward()
 
@@ -396,7 +473,7 @@ def test_operator_refuses(message: str) -> None:
     weights = [bad["w"], *p.weights[1:]]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastlstm.lstm(
-            bad["x"], weights, bad["h_0"], bad["c_0"], None, None, None, None, 1, False, True, False
+            bad["x"], weights, bad["h_0"], bad["c_0"], None, None, None, None, 1, False, True, False, False
         )
 
 
@@ -413,5 +490,5 @@ def test_operator_refuses_batch_sizes(sizes: list[int], message: str) -> None:
     p = Problem.of(Case(T=3, B=3, I=5, H=7, lengths=(3, 3, 2)))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastlstm.lstm(
-            p.x, p.weights, p.h_0, p.c_0, torch.tensor(sizes), None, None, None, 1, False, True, False
+            p.x, p.weights, p.h_0, p.c_0, torch.tensor(sizes), None, None, None, 1, False, True, False, False
         )

@@ -20,7 +20,8 @@ def test_plan_prints_family_isa_and_reason() -> None:
     text = str(plan)
     assert plan.forward in text and plan.isa in text and plan.reason in text
     assert set(plan.to_dict()) == {
-        "forward", "forward_split", "bulk_input", "backward", "backward_split", "isa", "threads", "reason",
+        "forward", "forward_split", "bulk_input", "forward_products",
+        "backward", "backward_split", "backward_products", "isa", "threads", "reason",
     }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ struct Call {
   const Tensor &h_0, &c_0;
   const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
   int64_t num_layers;
-  bool bidirectional, has_bias;
+  bool bidirectional, has_bias, allow_bf16;
 };
 
 // With `lengths`: where the driver's packed rows lie in the caller's padded tensors.
@@ -209,6 +209,7 @@ Arguments parse(const Call& call, bool training) {
                  "x must be float32, float64, bfloat16 or float16, got ", dtype_name(a.type));
   a.compute_type = a.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   p.compute_bytes = a.compute_type == ScalarType::Double ? 8 : 4;
+  p.bf16_allowed = a.type == ScalarType::BFloat16 || (a.type == ScalarType::Float && call.allow_bf16);
   const int32_t code = dtype_code(call.x);
   const auto check_type = [&](const char* name, const Tensor& t) {
     FASTLSTM_CHECK(dtype_code(t) == code, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
@@ -351,7 +352,6 @@ void fill_inputs(StackInputs<T>& stack, const Arguments& a, const Call& call, In
   stack.problem = &p;
   stack.schedule = &a.schedule;
   for (int d = 0; d < 2; ++d) stack.restarts[d] = a.restarts[d] ? &*a.restarts[d] : nullptr;
-  stack.kernels = &kernels<T>(selected_isa());
   stack.x = inputs.rows(call.x, 1, p.I);
   stack.h_0 = inputs.states(call.h_0, p.output_size());
   stack.c_0 = inputs.states(call.c_0, p.H);
@@ -365,6 +365,23 @@ void fill_inputs(StackInputs<T>& stack, const Arguments& a, const Call& call, In
     if (p.P > 0) pointers.w_hr = inputs.plain(w[a.per_direction - 1]);
     stack.weights.push_back(pointers);
   }
+}
+
+// The driver, with kernels that take products as planned.
+template <class A, class T>
+void run(const StackForward<T>& stack, const PassPlan& plan) {
+  run_forward(stack, kernels<T, A>(selected_isa()), plan);
+}
+template <class A, class T>
+void run(const StackBackward<T>& stack, const PassPlan& plan) {
+  run_backward(stack, kernels<T, A>(selected_isa()), plan);
+}
+template <class Stack>
+void run(const Stack& stack, const PassPlan& plan) {
+  using T = std::remove_cvref_t<decltype(*stack.y)>;
+  if constexpr (std::is_same_v<T, float>)
+    if (plan.products == Products::kBf16) return run<Bf16Pair>(stack, plan);
+  run<T>(stack, plan);
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
@@ -400,7 +417,7 @@ ForwardResult forward(const Arguments& a, const Call& call) {
     stack.gates = p.training ? data<T>(saved[0]) : nullptr;
     stack.cells = p.training ? data<T>(saved[1]) : nullptr;
     stack.layer_outputs = p.training ? data<T>(saved[2]) : nullptr;
-    run_forward(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
+    run(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
     outputs.finish();
   }
   return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), std::move(saved)};
@@ -409,9 +426,9 @@ ForwardResult forward(const Arguments& a, const Call& call) {
 ForwardResult lstm(const Tensor x, const std::vector<Tensor> weights, const Tensor h_0, const Tensor c_0,
                    const OptionalTensor batch_sizes, const OptionalTensor lengths, const OptionalTensor reset_mask,
                    const OptionalTensor dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                   bool save) {
+                   bool allow_bf16, bool save) {
   const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias};
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    allow_bf16};
   const Arguments a = parse(call, save);
   return a.compute_type == ScalarType::Double ? forward<double>(a, call) : forward<float>(a, call);
 }
@@ -469,7 +486,7 @@ BackwardResult backward(const Arguments& a, const Call& call, const OutputGradie
       if (p.P > 0) pointers.w_hr = data<T>(w[a.per_direction - 1]);
       stack.d_weights.push_back(pointers);
     }
-    run_backward(stack, plan_backward(p, this_machine(thread_count()), forced().plan));
+    run(stack, plan_backward(p, this_machine(thread_count()), forced().plan));
     outputs.finish();
   } else {
     for (const Tensor& t : d_weights) zero(t);  // a sum over no rows
@@ -484,9 +501,9 @@ BackwardResult lstm_backward(const OptionalTensor d_y, const OptionalTensor d_h_
                              const Tensor y, const std::vector<Tensor> saved, const OptionalTensor batch_sizes,
                              const OptionalTensor lengths, const OptionalTensor reset_mask,
                              const OptionalTensor dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                             const std::vector<int64_t> needs) {
+                             bool allow_bf16, const std::vector<int64_t> needs) {
   const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias};
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    allow_bf16};
   const Arguments a = parse(call, true);
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();

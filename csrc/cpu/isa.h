@@ -9,7 +9,7 @@
 
 namespace fastlstm::cpu {
 
-enum class Isa { kScalar, kAvx2, kAvx512 };  // in order of preference, best last
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };  // in order of preference, best last
 
 const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();
@@ -26,8 +26,8 @@ void set_forced(const Forced& forced);
 Isa selected_isa();                 // the forced one, else the best available
 Machine this_machine(int threads);  // as the planner sees it, with selected_isa()
 
-// The kernels of one instruction set; T is float or double.
-template <class T>
-const Kernels<T>& kernels(Isa isa);
+// The kernels of one instruction set, for (T, A) of kernels.h: (float, float), (float, Bf16Pair) or (double, double).
+template <class T, class A>
+const Kernels<T, A>& kernels(Isa isa);
 
 }  // namespace fastlstm::cpu

@@ -1,23 +1,41 @@
 // What the recurrent CPU kernels compute, as plain structs of pointers, and the table of kernels of one instruction
 // set.
 //
-// recurrent.inl implements the table once; recurrent_{scalar,avx2,avx512}.cpp instantiate it. stack.cpp is the caller:
-// it allocates, fills a task per (layer, direction) and distributes rows or hidden units over threads. Kernels know
-// nothing of torch and of threads: each call works on a range of batch rows and a range of *panels* and may run beside
-// any call on another range of the same step.
+// recurrent.inl implements the table once; recurrent_{scalar,avx2,avx512,avx512_bf16}.cpp instantiate it. stack.cpp is
+// the caller: it allocates, fills a task per (layer, direction) and distributes rows or hidden units over threads.
+// Kernels know nothing of torch and of threads: each call works on a range of batch rows and a range of *panels* and
+// may run beside any call on another range of the same step.
+//
+// Types. T (float, double) is what sums and the cell are computed in, A what products are taken of: T itself, or with
+// T = float pairs of bfloat16 (Bf16Pair). K values of a row are `terms<A>(K)` elements of A; the second half of the
+// last pair is zero where K is odd.
 //
 // Rows. Inputs and outputs are [N, features]: the N = sum of batch_sizes rows of all steps, the rows of one step
 // adjacent (a dense [T, B, .] tensor is the special case where every step has B rows).
 //
-// Panels. A packed matrix is cut in panels of 2 * lanes output columns: [panel][K][2][lanes], zero-padded, so that a
-// register tile reads it front to back. For gates, panel 2u holds gates i and f and panel 2u+1 gates g and o of the
-// hidden units u*lanes ... (u+1)*lanes-1; a pair of panels is a *unit block*.
+// Panels. A packed matrix is cut in panels of 2 * lanes output columns: [panel][terms(K)][2][lanes], zero-padded, so
+// that a register tile reads it front to back. For gates, panel 2u holds gates i and f and panel 2u+1 gates g and o of
+// the hidden units u*lanes ... (u+1)*lanes-1; a pair of panels is a *unit block*.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace fastlstm::cpu {
+
+// Two values of bfloat16 (the upper halves of float32), adjacent along k.
+struct Bf16Pair {
+  uint16_t first, second;
+};
+
+template <class T, class A>
+constexpr bool kFullPrecision = std::is_same_v<T, A>;
+
+template <class A>
+constexpr int64_t terms(int64_t K) {
+  return std::is_same_v<A, Bf16Pair> ? (K + 1) / 2 : K;
+}
 
 // How many batch rows each time step has, and where they start.
 struct Schedule {
@@ -34,30 +52,43 @@ struct Restarts {
   std::vector<uint8_t> steps;  // [T]: whether any row of the step is marked
 };
 
+// Rows that steps hand on to the next step: those of all steps, or of two steps in turn.
+template <class A>
+struct StepRows {
+  A* data;         // [N, stride], or [2, B, stride]
+  int64_t stride;  // elements of A from row to row
+  int64_t batch;   // B of the second form; 0 for the first
+
+  A* at(const Schedule& schedule, int64_t t) const {
+    return data + (batch > 0 ? (t & 1) * batch : schedule.offsets[t]) * stride;
+  }
+};
+
 // One direction of one layer, forward. H: hidden size, P: size of h (H without projection).
-template <class T>
+template <class T, class A>
 struct ForwardTask {
   const Schedule* schedule;
   const Restarts* restarts;  // null: none
   bool reverse;              // steps run from the last to the first
   int64_t I, H, P;
 
-  const T* x;          // [N, I], contiguous
+  const A* x;          // [N, terms(I)], contiguous
   const T* gates_x;    // [N, 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates
   const T* w_ih;       // [4H, I] as stored
   const T* w_hh;       // [4H, P] as stored
-  const T* packed_ih;  // gate panels, K = I; null unless the packed family multiplies x itself
-  const T* packed_hh;  // gate panels, K = P; null unless the packed family runs
-  const T* packed_hr;  // column panels of W_hr^T, K = H; null without projection
+  const A* packed_ih;  // gate panels, K = I; null unless the packed family multiplies x itself
+  const A* packed_hh;  // gate panels, K = P; null unless the packed family runs
+  const A* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
-  const T* h_0;        // [B, P]
-  T* restarted_h;      // [B, P], h_{t-1} of a step with restarts, where they are zero; null without restarts
+  const A* h_0;        // [B, terms(P)]
+  A* restarted_h;      // [B, terms(P)], h_{t-1} of a step with restarts, where they are zero; null without restarts
   T* c;                // [B, H], running cell state: c_0 on entry, c_n when all steps are done
-  T* hidden;           // [B, H], o * tanh(c) of the current step before projection; null without projection
+  A* hidden;           // [B, terms(H)], o * tanh(c) of the current step before projection; null without projection
   T* y;                // [N, y_stride], this direction's P columns
   int64_t y_stride;
-  T* gates;  // [N, 4H], activations saved for backward; null in inference
-  T* cells;  // [N, H], c_t saved for backward; null in inference
+  StepRows<A> h;  // h_t as the next step multiplies it: y itself in full precision
+  T* gates;       // [N, 4H], activations saved for backward; null in inference
+  T* cells;       // [N, H], c_t saved for backward; null in inference
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }
   bool restarts_at(int64_t t) const { return restarts && restarts->steps[t]; }
@@ -65,7 +96,7 @@ struct ForwardTask {
 
 // One direction of one layer, backward: the part that runs step by step. The weight gradients are bulk products of
 // d_gates afterwards.
-template <class T>
+template <class T, class A>
 struct BackwardTask {
   const Schedule* schedule;
   const Restarts* restarts;  // as in the forward pass
@@ -76,8 +107,8 @@ struct BackwardTask {
   const T* cells;      // [N, H]
   const T* c_0;        // [B, H]
   const T* zeros;      // [H], c_{t-1} of a restart; null without restarts
-  const T* packed_hh;  // column panels of W_hh, K = 4H, P columns; null in the stepwise family
-  const T* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
+  const A* packed_hh;  // column panels of W_hh, K = 4H, P columns; null in the stepwise family
+  const A* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
   const T* d_y;        // [N, d_y_stride] this direction's P columns, or null: zero
   int64_t d_y_stride;
   T* d_h;          // [B, P], gradient of h_t through step t+1: d_h_n on entry, d_h_0 on exit
@@ -86,6 +117,8 @@ struct BackwardTask {
   T* d_hidden;     // [B, H], gradient of o * tanh(c); null without projection
   T* hidden;       // [N, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
   T* d_gates;      // [N, 4H], out
+  // d_gates and d_projected as they are multiplied: themselves in full precision.
+  StepRows<A> d_gates_terms, d_projected_terms;
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }  // the step that made h_{t-1}
   int64_t next(int64_t t) const { return reverse ? t - 1 : t + 1; }
@@ -98,53 +131,56 @@ struct Range {
 
 enum class GateProduct {
   kPacked,    // register tiles over packed weights
-  kUnpacked,  // dot products over the weights as they are stored
+  kUnpacked,  // dot products over the weights as they are stored; full precision only
   kDone,      // gates_x already holds the whole pre-activation but for the bias
 };
 
-template <class T>
+template <class T, class A>
 struct Kernels {
   int lanes;
 
+  // out [rows, terms(K)] = rounded rows [rows, K]; null in full precision.
+  void (*round_rows)(const T* from, int64_t rows, int64_t K, A* out);
+
   // Packing. Ranges are panels (gate panels: unit blocks), so that threads share the work.
-  void (*pack_gates)(const T* w, int64_t H, int64_t K, T* packed, Range blocks);             // w [4H, K]
-  void (*pack_columns)(const T* w, int64_t K, int64_t columns, T* packed, Range panels);     // w [K, columns]
-  void (*pack_transposed)(const T* w, int64_t K, int64_t columns, T* packed, Range panels);  // w [columns, K]
+  void (*pack_gates)(const T* w, int64_t H, int64_t K, A* packed, Range blocks);             // w [4H, K]
+  void (*pack_columns)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);     // w [K, columns]
+  void (*pack_transposed)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);  // w [columns, K]
   void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);                     // either may be null
 
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
-  void (*forward_cells)(const ForwardTask<T>& task, GateProduct product, int64_t t, Range rows, Range blocks);
+  void (*forward_cells)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks);
   // Step t, forward: y = hidden W_hr^T, after all unit blocks of these rows are done.
-  void (*forward_project)(const ForwardTask<T>& task, int64_t t, Range rows, Range panels);
+  void (*forward_project)(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels);
 
   // d_h = d_gates[t] W_hh for the rows active at step t (the step that consumed these h).
-  void (*backward_recurrent)(const BackwardTask<T>& task, int64_t t, Range rows, Range panels);
+  void (*backward_recurrent)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
   // d_projected[t] = d_h + d_y[t]
-  void (*backward_output)(const BackwardTask<T>& task, int64_t t, Range rows);
+  void (*backward_output)(const BackwardTask<T, A>& task, int64_t t, Range rows);
   // d_hidden = d_projected[t] W_hr
-  void (*backward_project)(const BackwardTask<T>& task, int64_t t, Range rows, Range panels);
+  void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
   // d_gates[t] and d_c from d_h + d_y[t] (d_hidden with projection). Panels are columns of H.
-  void (*backward_cells)(const BackwardTask<T>& task, int64_t t, Range rows, Range panels);
+  void (*backward_cells)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Column panels of a matrix with this many columns; unit blocks of H hidden units; elements of the packed forms.
-template <class T>
-int64_t column_panels(const Kernels<T>& k, int64_t columns) {
+template <class T, class A>
+int64_t column_panels(const Kernels<T, A>& k, int64_t columns) {
   return ceil_div(columns, 2 * k.lanes);
 }
-template <class T>
-int64_t unit_blocks(const Kernels<T>& k, int64_t H) {
+template <class T, class A>
+int64_t unit_blocks(const Kernels<T, A>& k, int64_t H) {
   return ceil_div(H, k.lanes);
 }
-template <class T>
-int64_t packed_columns_size(const Kernels<T>& k, int64_t K, int64_t columns) {
-  return column_panels(k, columns) * K * 2 * k.lanes;
+template <class T, class A>
+int64_t packed_columns_size(const Kernels<T, A>& k, int64_t K, int64_t columns) {
+  return column_panels(k, columns) * terms<A>(K) * 2 * k.lanes;
 }
-template <class T>
-int64_t packed_gates_size(const Kernels<T>& k, int64_t H, int64_t K) {
-  return unit_blocks(k, H) * K * 4 * k.lanes;
+template <class T, class A>
+int64_t packed_gates_size(const Kernels<T, A>& k, int64_t H, int64_t K) {
+  return unit_blocks(k, H) * terms<A>(K) * 4 * k.lanes;
 }
 
 }  // namespace fastlstm::cpu

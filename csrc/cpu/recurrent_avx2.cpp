@@ -21,12 +21,21 @@
 namespace fastlstm::cpu::avx2 {
 
 constexpr int kVectorBytes = 32;
+constexpr bool kNativeBf16 = false;
 constexpr int kAccumulators = 12;  // of 16 registers; the tile also holds its broadcasts and one weight vector
 
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 
 #include "recurrent.inl"
+
+// The tables isa.cpp refers to. `extern` first: a const object would be local to this file otherwise.
+extern const Kernels<float, float> kFloat;
+extern const Kernels<float, Bf16Pair> kFloatBf16;
+extern const Kernels<double, double> kDouble;
+const Kernels<float, float> kFloat = kKernels<float, float>;
+const Kernels<float, Bf16Pair> kFloatBf16 = kKernels<float, Bf16Pair>;
+const Kernels<double, double> kDouble = kKernels<double, double>;
 
 }  // namespace fastlstm::cpu::avx2
 

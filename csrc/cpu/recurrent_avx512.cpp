@@ -22,12 +22,21 @@
 namespace fastlstm::cpu::avx512 {
 
 constexpr int kVectorBytes = 64;
+constexpr bool kNativeBf16 = false;
 constexpr int kAccumulators = 24;  // of 32 registers
 
 inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 
 #include "recurrent.inl"
+
+// The tables isa.cpp refers to. `extern` first: a const object would be local to this file otherwise.
+extern const Kernels<float, float> kFloat;
+extern const Kernels<float, Bf16Pair> kFloatBf16;
+extern const Kernels<double, double> kDouble;
+const Kernels<float, float> kFloat = kKernels<float, float>;
+const Kernels<float, Bf16Pair> kFloatBf16 = kKernels<float, Bf16Pair>;
+const Kernels<double, double> kDouble = kKernels<double, double>;
 
 }  // namespace fastlstm::cpu::avx512
 

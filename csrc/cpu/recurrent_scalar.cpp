@@ -10,6 +10,7 @@
 namespace fastlstm::cpu::scalar {
 
 constexpr int kVectorBytes = 16;
+constexpr bool kNativeBf16 = false;
 constexpr int kAccumulators = 12;
 
 template <class V>
@@ -18,5 +19,13 @@ inline V fma(V a, V b, V c) {
 }
 
 #include "recurrent.inl"
+
+// The tables isa.cpp refers to. `extern` first: a const object would be local to this file otherwise.
+extern const Kernels<float, float> kFloat;
+extern const Kernels<float, Bf16Pair> kFloatBf16;
+extern const Kernels<double, double> kDouble;
+const Kernels<float, float> kFloat = kKernels<float, float>;
+const Kernels<float, Bf16Pair> kFloatBf16 = kKernels<float, Bf16Pair>;
+const Kernels<double, double> kDouble = kKernels<double, double>;
 
 }  // namespace fastlstm::cpu::scalar

@@ -62,7 +62,7 @@ class Buffer {
   explicit Buffer(int64_t size) {
     const size_t bytes = static_cast<size_t>(size) * sizeof(T);
     if (bytes > kSmallBytes) {
-      tensor_ = empty({size}, kScalarType<T>);
+      tensor_ = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
       data_ = static_cast<T*>(tensor_->data_ptr());
     } else if (bytes > 0) {
       small_.reset(static_cast<T*>(::operator new(bytes, kAlignment)));

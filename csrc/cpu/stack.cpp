@@ -1,6 +1,8 @@
 #include "stack.h"
 
 #include <algorithm>
+#include <optional>
+#include <type_traits>
 
 #include "../cell.h"
 #include "runtime.h"
@@ -62,6 +64,40 @@ void pack_panels(int64_t panels, int64_t elements, const Pack& pack) {
            [&](int64_t begin, int64_t end) { pack(Range{begin, end}); });
 }
 
+// A buffer of factors whose rows may end in half a pair, which nobody writes and products read.
+template <class A>
+Buffer<A> zeroed_pairs(int64_t size) {
+  Buffer<A> buffer(size);
+  if constexpr (std::is_same_v<A, Bf16Pair>) std::fill_n(buffer.data(), size, A{});
+  return buffer;
+}
+
+// Rows of T as products take them: as they are, or rounded into a buffer that is kept as long as this object.
+template <class T, class A>
+class Factors {
+ public:
+  explicit Factors(const Kernels<T, A>& k) : kernels_(k) {}
+
+  // The factors of `rows` rows of K values; valid until the next call.
+  const A* of(const T* values, int64_t rows, int64_t K) {
+    if constexpr (kFullPrecision<T, A>) {
+      return values;
+    } else {
+      if (rows * terms<A>(K) > capacity_) rounded_.emplace(capacity_ = rows * terms<A>(K));
+      A* const out = rounded_->data();
+      parallel(rows, kElementwiseGrain / K + 1, [&](int64_t begin, int64_t end) {
+        kernels_.round_rows(values + begin * K, end - begin, K, out + begin * terms<A>(K));
+      });
+      return out;
+    }
+  }
+
+ private:
+  const Kernels<T, A>& kernels_;
+  std::optional<Buffer<A>> rounded_;
+  int64_t capacity_ = 0;
+};
+
 // The time steps of a pass, in order.
 template <class Task>
 int64_t forward_step(const Task& task, int64_t s) {
@@ -75,26 +111,25 @@ int64_t backward_step(const Task& task, int64_t s) {
 // ------------------------------------------------------------------------------------------------ forward
 
 // Before step t, where rows restart: h_{t-1} of all rows copied, zero where they do, and c_{t-1} zeroed in place.
-template <class T>
-void restart_rows(const ForwardTask<T>& task, int64_t t, Range rows) {
+template <class T, class A>
+void restart_rows(const ForwardTask<T, A>& task, int64_t t, Range rows) {
   if (!task.restarts_at(t)) return;
   const Schedule& schedule = *task.schedule;
-  const int64_t previous = task.previous(t), before = schedule.active(previous);
+  const int64_t previous = task.previous(t), before = schedule.active(previous), width = terms<A>(task.P);
   for (int64_t b = rows.begin; b < std::min(rows.end, schedule.active(t)); ++b) {
-    T* const h = task.restarted_h + b * task.P;
+    A* const h = task.restarted_h + b * width;
     if (task.restarts->rows[schedule.offsets[t] + b]) {
-      std::fill_n(h, task.P, T(0));
+      std::fill_n(h, width, A{});
       std::fill_n(task.c + b * task.H, task.H, T(0));
     } else {
-      std::copy_n(b < before ? task.y + (schedule.offsets[previous] + b) * task.y_stride : task.h_0 + b * task.P,
-                  task.P, h);
+      std::copy_n(b < before ? task.h.at(schedule, previous) + b * task.h.stride : task.h_0 + b * width, width, h);
     }
   }
 }
 
-template <class T>
-void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k, const PassPlan& plan) {
-  const ForwardTask<T>& first = tasks[0];
+template <class T, class A>
+void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T, A>& k, const PassPlan& plan) {
+  const ForwardTask<T, A>& first = tasks[0];
   const Schedule& schedule = *first.schedule;
   const int64_t directions = static_cast<int64_t>(tasks.size());
   const int64_t blocks = unit_blocks(k, first.H), panels = column_panels(k, first.P);
@@ -105,7 +140,7 @@ void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k
     const std::vector<RowItem> items = split_rows(schedule, directions);
     parallel(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const ForwardTask<T>& task = tasks[items[i].direction];
+        const ForwardTask<T, A>& task = tasks[items[i].direction];
         for (int64_t s = 0; s < schedule.steps(); ++s) {
           const int64_t t = forward_step(task, s);
           restart_rows(task, t, items[i].rows);
@@ -117,7 +152,7 @@ void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k
     return;
   }
   for (int64_t s = 0; s < schedule.steps(); ++s) {
-    for (const ForwardTask<T>& task : tasks) restart_rows(task, forward_step(task, s), all_rows);
+    for (const ForwardTask<T, A>& task : tasks) restart_rows(task, forward_step(task, s), all_rows);
     parallel_directions(directions, blocks, [&](int64_t d, int64_t begin, int64_t end) {
       k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, {begin, end});
     });
@@ -130,7 +165,7 @@ void forward_steps(const std::vector<ForwardTask<T>>& tasks, const Kernels<T>& k
 
 // gates_x += h_{t-1} W_hh^T by one library GEMM per step (two where rows start in mid-sequence), then the cell.
 template <class T>
-void forward_stepwise(const ForwardTask<T>& task, T* gates_x, const T* w_hr, const Kernels<T>& k) {
+void forward_stepwise(const ForwardTask<T, T>& task, T* gates_x, const T* w_hr, const Kernels<T, T>& k) {
   const Schedule& schedule = *task.schedule;
   const Matrix<const T> w_hh = dense(task.w_hh, kGates * task.H, task.P).transposed();
   const int64_t blocks = unit_blocks(k, task.H);
@@ -158,8 +193,8 @@ void forward_stepwise(const ForwardTask<T>& task, T* gates_x, const T* w_hr, con
 }
 
 // h_n: the output of each row's last step.
-template <class T>
-void copy_final_states(const ForwardTask<T>& task, T* h_n) {
+template <class T, class A>
+void copy_final_states(const ForwardTask<T, A>& task, T* h_n) {
   const Schedule& schedule = *task.schedule;
   for (int64_t t = 0; t < schedule.steps(); ++t) {
     // Forward in time, a row ends where the next step has fewer rows; in reverse all rows end at step 0.
@@ -172,10 +207,9 @@ void copy_final_states(const ForwardTask<T>& task, T* h_n) {
 
 }  // namespace
 
-template <class T>
-void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
+template <class T, class A>
+void run_forward(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPlan& plan) {
   const Problem& p = *stack.problem;
-  const Kernels<T>& k = *stack.kernels;
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P;
   const int64_t blocks = unit_blocks(k, H), gate_columns = kGates * H;
   const bool packed = plan.family == Family::kPacked;
@@ -185,15 +219,19 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
   const Buffer<T> outputs(stack.layer_outputs ? 0 : std::min<int64_t>(inner_layers, 2) * N * width);
   const Buffer<T> dropped(stack.dropout_mask ? N * width : 0);
   const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * N * gate_columns : 0);
-  const Buffer<T> hidden(p.P > 0 ? p.directions * p.B * H : 0);
+  const int64_t width_h = terms<A>(P), width_hidden = terms<A>(H);
+  const Buffer<A> hidden = zeroed_pairs<A>(p.P > 0 ? p.directions * p.B * width_hidden : 0);
+  const Buffer<A> two_steps_h = zeroed_pairs<A>(kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B * width_h);
   const bool restarts = stack.restarts[0] || stack.restarts[1];
-  const Buffer<T> restarted_h(restarts ? p.directions * p.B * P : 0);
+  const Buffer<A> restarted_h(restarts ? p.directions * p.B * width_h : 0);
   const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
   const int64_t widest_input = std::max(p.I, inner_layers > 0 ? width : 0);
   const int64_t ih_size = packed && !plan.bulk_input ? packed_gates_size(k, H, widest_input) : 0;
   const int64_t hh_size = packed ? packed_gates_size(k, H, P) : 0;
   const int64_t hr_size = packed && p.P > 0 ? packed_columns_size(k, H, P) : 0;
-  const Buffer<T> packs(p.directions * (ih_size + hh_size + hr_size));
+  const Buffer<A> packs(p.directions * (ih_size + hh_size + hr_size));
+  Factors<T, A> h_0_factors(k), x_factors(k);
+  const A* const h_0 = h_0_factors.of(stack.h_0, p.layers * p.directions * p.B, P);
 
   std::copy_n(stack.c_0, p.layers * p.directions * p.B * H, stack.c_n);
   const T* input = stack.x;
@@ -202,13 +240,14 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
     T* output = layer == inner_layers ? stack.y
                 : stack.layer_outputs ? stack.layer_outputs + layer * N * width
                                       : outputs.data() + layer % 2 * N * width;
-    std::vector<ForwardTask<T>> tasks;
+    const A* const x = x_factors.of(input, N, I);
+    std::vector<ForwardTask<T, A>> tasks;
     for (int64_t d = 0; d < p.directions; ++d) {
       const int64_t index = layer * p.directions + d;
       const Weights<const T>& w = stack.weights[index];
-      T* const pack_ih = packs.data() + d * (ih_size + hh_size + hr_size);
-      T* const pack_hh = pack_ih + ih_size;
-      T* const pack_hr = pack_hh + hh_size;
+      A* const pack_ih = packs.data() + d * (ih_size + hh_size + hr_size);
+      A* const pack_hh = pack_ih + ih_size;
+      A* const pack_hr = pack_hh + hh_size;
       if (ih_size > 0) pack_panels(blocks, gate_columns * I, [&](Range r) { k.pack_gates(w.w_ih, H, I, pack_ih, r); });
       if (hh_size > 0) pack_panels(blocks, gate_columns * P, [&](Range r) { k.pack_gates(w.w_hh, H, P, pack_hh, r); });
       if (hr_size > 0)
@@ -220,14 +259,14 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
       if (product)
         matmul<T>(dense(product, N, gate_columns), dense(input, N, I), dense(w.w_ih, gate_columns, I).transposed());
 
-      ForwardTask<T> task;
+      ForwardTask<T, A> task;
       task.schedule = stack.schedule;
       task.restarts = stack.restarts[d];
       task.reverse = d == 1;
       task.I = I;
       task.H = H;
       task.P = P;
-      task.x = input;
+      task.x = x;
       task.gates_x = product;
       task.w_ih = w.w_ih;
       task.w_hh = w.w_hh;
@@ -235,16 +274,21 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
       task.packed_hh = pack_hh;
       task.packed_hr = pack_hr;
       task.bias = direction_bias;
-      task.h_0 = stack.h_0 + index * p.B * P;
-      task.restarted_h = restarts ? restarted_h.data() + d * p.B * P : nullptr;
+      task.h_0 = h_0 + index * p.B * width_h;
+      task.restarted_h = restarts ? restarted_h.data() + d * p.B * width_h : nullptr;
       task.c = stack.c_n + index * p.B * H;
-      task.hidden = p.P > 0 ? hidden.data() + d * p.B * H : nullptr;
+      task.hidden = p.P > 0 ? hidden.data() + d * p.B * width_hidden : nullptr;
       task.y = output + d * P;
       task.y_stride = width;
+      if constexpr (kFullPrecision<T, A>)
+        task.h = {task.y, width, 0};
+      else
+        task.h = {two_steps_h.data() + d * 2 * p.B * width_h, width_h, p.B};
       task.gates = saved_gates;
       task.cells = stack.cells ? stack.cells + index * N * H : nullptr;
       tasks.push_back(task);
-      if (plan.family == Family::kStepwise) forward_stepwise(task, product, w.w_hr, k);
+      if constexpr (kFullPrecision<T, A>)
+        if (plan.family == Family::kStepwise) forward_stepwise(task, product, w.w_hr, k);
     }
     if (plan.family != Family::kStepwise) forward_steps(tasks, k, plan);
     for (int64_t d = 0; d < p.directions; ++d)
@@ -262,9 +306,10 @@ void run_forward(const StackForward<T>& stack, const PassPlan& plan) {
 
 namespace {
 
-template <class T>
-void backward_steps(const std::vector<BackwardTask<T>>& tasks, const Kernels<T>& k, Split split, bool needs_d_h_0) {
-  const BackwardTask<T>& first = tasks[0];
+template <class T, class A>
+void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<T, A>& k, Split split,
+                    bool needs_d_h_0) {
+  const BackwardTask<T, A>& first = tasks[0];
   const Schedule& schedule = *first.schedule;
   const int64_t directions = static_cast<int64_t>(tasks.size()), steps = schedule.steps();
   const int64_t panels_h = column_panels(k, first.P), panels_c = column_panels(k, first.H);
@@ -274,7 +319,7 @@ void backward_steps(const std::vector<BackwardTask<T>>& tasks, const Kernels<T>&
     const std::vector<RowItem> items = split_rows(schedule, directions);
     parallel(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const BackwardTask<T>& task = tasks[items[i].direction];
+        const BackwardTask<T, A>& task = tasks[items[i].direction];
         const Range rows = items[i].rows;
         for (int64_t s = 0; s < steps; ++s) {
           const int64_t t = backward_step(task, s);
@@ -300,7 +345,7 @@ void backward_steps(const std::vector<BackwardTask<T>>& tasks, const Kernels<T>&
   for (int64_t s = 0; s < steps; ++s) {
     if (first.d_hidden) {
       if (s > 0) recurrent(s - 1);
-      for (const BackwardTask<T>& task : tasks) k.backward_output(task, backward_step(task, s), all_rows);
+      for (const BackwardTask<T, A>& task : tasks) k.backward_output(task, backward_step(task, s), all_rows);
     }
     parallel_directions(directions, panels_c, [&](int64_t d, int64_t begin, int64_t end) {
       const int64_t t = backward_step(tasks[d], s);
@@ -315,7 +360,8 @@ void backward_steps(const std::vector<BackwardTask<T>>& tasks, const Kernels<T>&
 }
 
 template <class T>
-void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, const Kernels<T>& k, bool needs_d_h_0) {
+void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w, const Kernels<T, T>& k,
+                       bool needs_d_h_0) {
   const Schedule& schedule = *task.schedule;
   const int64_t columns = kGates * task.H, panels = column_panels(k, task.H);
   const auto recurrent = [&](int64_t t) {
@@ -342,8 +388,8 @@ void backward_stepwise(const BackwardTask<T>& task, const Weights<const T>& w, c
 }
 
 // h_{t-1} of every row, gathered: needed where the rows of two steps do not line up, or some restart.
-template <class T>
-void gather_previous(const BackwardTask<T>& task, const T* y, int64_t y_stride, const T* h_0, T* out) {
+template <class T, class A>
+void gather_previous(const BackwardTask<T, A>& task, const T* y, int64_t y_stride, const T* h_0, T* out) {
   const Schedule& schedule = *task.schedule;
   for (int64_t t = 0; t < schedule.steps(); ++t) {
     const int64_t previous = task.previous(t);
@@ -359,8 +405,8 @@ void gather_previous(const BackwardTask<T>& task, const T* y, int64_t y_stride, 
 }
 
 // d_W_hh = sum over rows of d_gates^T h_{t-1}.
-template <class T>
-void recurrent_weight_gradient(const BackwardTask<T>& task, const T* y, int64_t y_stride, const T* h_0, T* d_w_hh) {
+template <class T, class A>
+void recurrent_weight_gradient(const BackwardTask<T, A>& task, const T* y, int64_t y_stride, const T* h_0, T* d_w_hh) {
   const Schedule& schedule = *task.schedule;
   const int64_t N = schedule.rows(), B = schedule.active(0), columns = kGates * task.H;
   const Matrix<T> out = dense(d_w_hh, columns, task.P);
@@ -381,10 +427,9 @@ void recurrent_weight_gradient(const BackwardTask<T>& task, const T* y, int64_t 
 
 }  // namespace
 
-template <class T>
-void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
+template <class T, class A>
+void run_backward(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassPlan& plan) {
   const Problem& p = *stack.problem;
-  const Kernels<T>& k = *stack.kernels;
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P, columns = kGates * H;
   const bool packed = plan.family == Family::kPacked, projected = p.P > 0, inner = p.layers > 1;
 
@@ -394,7 +439,11 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
   const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
   const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
-  const Buffer<T> packs(p.directions * (hh_size + hr_size));
+  const Buffer<A> packs(p.directions * (hh_size + hr_size));
+  const int64_t width_gates = terms<A>(columns), width_projected = terms<A>(P);
+  const int64_t two_steps = kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B;
+  const Buffer<A> two_steps_d_gates(two_steps * width_gates);
+  const Buffer<A> two_steps_d_projected = zeroed_pairs<A>(projected ? two_steps * width_projected : 0);
   const Buffer<T> d_outputs(inner ? 2 * N * width : 0);  // gradients of the lower layers' outputs, two in turn
   const Buffer<T> dropped(inner && stack.dropout_mask ? N * width : 0);
   const Buffer<T> ones(N);
@@ -413,18 +462,18 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
   for (int64_t layer = p.layers - 1; layer >= lowest; --layer) {
     const int64_t I = stack.input_size(layer);
     const T* output = layer == p.layers - 1 ? stack.y : stack.layer_outputs + layer * N * width;
-    std::vector<BackwardTask<T>> tasks;
+    std::vector<BackwardTask<T, A>> tasks;
     for (int64_t d = 0; d < p.directions; ++d) {
       const int64_t index = layer * p.directions + d;
       const Weights<const T>& w = stack.weights[index];
-      T* const pack_hh = packs.data() + d * (hh_size + hr_size);
-      T* const pack_hr = pack_hh + hh_size;
+      A* const pack_hh = packs.data() + d * (hh_size + hr_size);
+      A* const pack_hr = pack_hh + hh_size;
       if (hh_size > 0)
         pack_panels(column_panels(k, P), columns * P, [&](Range r) { k.pack_columns(w.w_hh, columns, P, pack_hh, r); });
       if (hr_size > 0)
         pack_panels(column_panels(k, H), P * H, [&](Range r) { k.pack_columns(w.w_hr, P, H, pack_hr, r); });
 
-      BackwardTask<T> task;
+      BackwardTask<T, A> task;
       task.schedule = stack.schedule;
       task.restarts = stack.restarts[d];
       task.reverse = d == 1;
@@ -444,8 +493,17 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
       task.d_hidden = projected ? d_hidden.data() + d * p.B * H : nullptr;
       task.hidden = projected ? hidden.data() + d * N * H : nullptr;
       task.d_gates = d_gates.data() + d * N * columns;
+      if constexpr (kFullPrecision<T, A>) {
+        task.d_gates_terms = {task.d_gates, columns, 0};
+        task.d_projected_terms = {task.d_projected, P, 0};
+      } else {
+        const int64_t first_row = d * 2 * p.B;
+        task.d_gates_terms = {two_steps_d_gates.data() + first_row * width_gates, width_gates, p.B};
+        task.d_projected_terms = {two_steps_d_projected.data() + first_row * width_projected, width_projected, p.B};
+      }
       tasks.push_back(task);
-      if (plan.family == Family::kStepwise) backward_stepwise(task, w, k, stack.needs_d_h_0);
+      if constexpr (kFullPrecision<T, A>)
+        if (plan.family == Family::kStepwise) backward_stepwise(task, w, k, stack.needs_d_h_0);
     }
     if (plan.family != Family::kStepwise) backward_steps(tasks, k, plan.split, stack.needs_d_h_0);
 
@@ -477,9 +535,12 @@ void run_backward(const StackBackward<T>& stack, const PassPlan& plan) {
   }
 }
 
-template void run_forward<float>(const StackForward<float>&, const PassPlan&);
-template void run_forward<double>(const StackForward<double>&, const PassPlan&);
-template void run_backward<float>(const StackBackward<float>&, const PassPlan&);
-template void run_backward<double>(const StackBackward<double>&, const PassPlan&);
+#define FASTLSTM_INSTANTIATE(T, A)                                                                \
+  template void run_forward<T, A>(const StackForward<T>&, const Kernels<T, A>&, const PassPlan&); \
+  template void run_backward<T, A>(const StackBackward<T>&, const Kernels<T, A>&, const PassPlan&);
+FASTLSTM_INSTANTIATE(float, float)
+FASTLSTM_INSTANTIATE(float, Bf16Pair)
+FASTLSTM_INSTANTIATE(double, double)
+#undef FASTLSTM_INSTANTIATE
 
 }  // namespace fastlstm::cpu

@@ -27,8 +27,7 @@ template <class T>
 struct StackInputs {
   const Problem* problem;
   const Schedule* schedule;
-  const Restarts* restarts[2];  // per direction, null: none
-  const Kernels<T>* kernels;
+  const Restarts* restarts[2];            // per direction, null: none
   const T* x;                             // [N, I]
   std::vector<Weights<const T>> weights;  // [L * D]
   const T* h_0;                           // [L*D, B, P]
@@ -64,10 +63,11 @@ struct StackBackward : StackInputs<T> {
   std::vector<Weights<T>> d_weights;  // [L * D], null where not needed
 };
 
-template <class T>
-void run_forward(const StackForward<T>& stack, const PassPlan& plan);
+// A: what products are taken in, as plan.products says; see kernels.h.
+template <class T, class A>
+void run_forward(const StackForward<T>& stack, const Kernels<T, A>& kernels, const PassPlan& plan);
 
-template <class T>
-void run_backward(const StackBackward<T>& stack, const PassPlan& plan);
+template <class T, class A>
+void run_backward(const StackBackward<T>& stack, const Kernels<T, A>& kernels, const PassPlan& plan);
 
 }  // namespace fastlstm::cpu

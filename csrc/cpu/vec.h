@@ -1,8 +1,9 @@
 // SIMD vectors and the functions the cell needs, written once for every instruction set.
 //
-// Included by recurrent.inl inside the namespace of one instruction set, after kVectorBytes and fma() have been defined
-// there. Vectors are the compiler's own (GCC and Clang vector extensions), so the operators + - * / and comparisons
-// work on them and any target the compiler knows (SSE2, AVX2, AVX-512, NEON, ...) is served by the same text.
+// Included by recurrent.inl inside the namespace of one instruction set, after kVectorBytes, kNativeBf16 and fma() have
+// been defined there. Vectors are the compiler's own (GCC and Clang vector extensions), so the operators + - * / and
+// comparisons work on them and any target the compiler knows (SSE2, AVX2, AVX-512, NEON, ...) is served by the same
+// text.
 
 template <class T>
 struct VecTraits;
@@ -122,6 +123,76 @@ inline void sum_lanes(const Vec<T> (&v)[N], T* out) {
     __builtin_memcpy(out, &sums, sizeof(sums));
   }
 }
+
+// ---------------------------------------------------------------------------------------------- operands of products
+
+// float32 to bfloat16, to nearest with ties to even; NaN stays NaN.
+inline uint16_t round_to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>(x == x ? rounded : bits >> 16 | 0x40);
+}
+
+// sum + first * first + second * second of each pair of bfloat16.
+template <class V, class Pairs>
+inline V multiply_pairs(V sum, Pairs a, Pairs b) {
+  if constexpr (kNativeBf16) {
+    return native_multiply_pairs(sum, a, b);
+  } else {
+    const int32_t upper_half = -65536;
+    sum = fma((V)(a & upper_half), (V)(b & upper_half), sum);
+    return fma((V)(a << 16), (V)(b << 16), sum);
+  }
+}
+
+// How a register tile reads and multiplies operands A: a row's element broadcast, a vector of a panel.
+template <class T, class A>
+struct Operand;
+
+template <class T>
+struct Operand<T, T> {
+  using Vector = Vec<T>;
+  static inline Vector broadcast_from(const T* p) { return broadcast<T>(*p); }
+  static inline Vector load_from(const T* p) { return load(p); }
+  static inline Vec<T> multiply_add(Vector a, Vector b, Vec<T> sum) { return fma(a, b, sum); }
+
+  static inline T make(const T* values, int64_t stride, int64_t k, int64_t) { return values[k * stride]; }
+  static inline void store_values(T* row, int64_t first, Vec<T> x, int64_t n) { store_first(row + first, x, n); }
+};
+
+template <>
+struct Operand<float, Bf16Pair> {
+  using Vector = VecTraits<float>::Int;
+  static inline Vector broadcast_from(const Bf16Pair* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return bits - Vector{};
+  }
+  static inline Vector load_from(const Bf16Pair* p) {
+    Vector v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static inline Vec<float> multiply_add(Vector a, Vector b, Vec<float> sum) { return multiply_pairs(sum, a, b); }
+
+  // The k-th pair of K values that lie `stride` apart.
+  static inline Bf16Pair make(const float* values, int64_t stride, int64_t k, int64_t K) {
+    const float second = 2 * k + 1 < K ? values[(2 * k + 1) * stride] : 0.0f;
+    return {round_to_bf16(values[2 * k * stride]), round_to_bf16(second)};
+  }
+  // Values first ... first + n - 1 of a row.
+  static inline void store_values(Bf16Pair* row, int64_t first, Vec<float> x, int64_t n) {
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const Bits bits = (Bits)x;
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, Halves);
+    __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + first, &halves, static_cast<size_t>(n) * sizeof(uint16_t));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- functions
 
 template <class T>
 constexpr T inverse_factorial(int k) {

@@ -1,0 +1,50 @@
+// The recurrent kernels with bfloat16 products for AVX512_BF16; everything in full precision is recurrent_avx512.cpp's.
+// Standard headers come before the target switch, so that no inline function of theirs is compiled for AVX-512 and then
+// linked into code for older CPUs.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,avx2,fma")
+#endif
+
+#include "../cell.h"
+
+namespace fastlstm::cpu::avx512_bf16 {
+
+constexpr int kVectorBytes = 64;
+constexpr bool kNativeBf16 = true;
+constexpr int kAccumulators = 24;  // of 32 registers
+
+inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+template <class Pairs>
+inline __m512 native_multiply_pairs(__m512 sum, Pairs a, Pairs b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+#include "recurrent.inl"
+
+// The table isa.cpp refers to. `extern` first: a const object would be local to this file otherwise.
+extern const Kernels<float, Bf16Pair> kFloatBf16;
+const Kernels<float, Bf16Pair> kFloatBf16 = kKernels<float, Bf16Pair>;
+
+}  // namespace fastlstm::cpu::avx512_bf16
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // x86-64
