@@ -207,8 +207,18 @@ void multiply_panels(const A* a, int64_t a_stride, int64_t rows, const A* packed
 // sum[r][g][u] += a[r] . w[g][u] over K, vectors along k. Rows w[g][0 ...] belong to adjacent units of one gate.
 template <class T, int kRows, int kGatesAtOnce, int kUnits>
 struct DotTile {
-  Vec<T> sum[kRows][kGatesAtOnce][kUnits] = {};
+  Vec<T> sum[kRows][kGatesAtOnce][kUnits];
   T tail[kRows][kGatesAtOnce][kUnits] = {};
+
+  // Element by element: as one block of memory the sums would be cleared by a string instruction.
+  inline __attribute__((always_inline)) DotTile() {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int g = 0; g < kGatesAtOnce; ++g)
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnits; ++u) sum[r][g][u] = Vec<T>{};
+  }
 
   inline __attribute__((always_inline)) void add(const T* a, int64_t a_stride, const T* const (*w)[kUnits], int64_t K) {
     constexpr int W = kLanes<T>;
