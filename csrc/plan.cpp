@@ -140,7 +140,9 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
 // The limits of the families: the only place that states them.
 std::vector<Candidate> candidates(const Problem& p, bool backward) {
   constexpr Products kFull = Products::kFull, kBf16 = Products::kBf16;
-  std::vector<Candidate> all = {{Family::kStepwise, Split::kRows, !backward, kFull}};
+  std::vector<Candidate> all;
+  all.reserve(11);
+  all.push_back({Family::kStepwise, Split::kRows, !backward, kFull});
   for (const Split split : {Split::kRows, Split::kUnits}) {
     all.push_back({Family::kPacked, split, false, kFull});
     // Both products of a bfloat16 step go through its tiles: the library's would leave a rounded sum of the first.

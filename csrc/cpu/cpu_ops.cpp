@@ -39,7 +39,7 @@ const char* dtype_name(ScalarType type) {
 
 // Contiguous and of the given type; the tensor itself where it already is.
 Tensor as(const Tensor& tensor, ScalarType type) {
-  const Tensor typed = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  const Tensor typed = dtype_code(tensor) == dtype_code(type) ? tensor : torch::stable::to(tensor, type);
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 

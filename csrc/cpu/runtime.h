@@ -33,26 +33,28 @@ void parallel(int64_t n, int64_t grain, const F& f) {
   if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
 }
 
-// An uninitialised contiguous tensor, without the detour through the dispatcher.
-inline Tensor empty(const Sizes& sizes, ScalarType type) {
-  std::array<int64_t, 4> strides;
-  int64_t stride = 1;
-  for (int64_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = stride;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-inline void zero(Tensor tensor) { torch::stable::zero_(tensor); }
-
-// A number that stands for the dtype, for comparisons: ScalarType takes many calls to make of it.
+// A number that stands for the dtype, for comparisons: to make a ScalarType of it takes many calls.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
+inline int32_t dtype_code(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
+// An uninitialised contiguous tensor, without the detour through the dispatcher.
+inline Tensor empty(const Sizes& sizes, ScalarType type) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (int64_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype_code(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline void zero(Tensor tensor) { torch::stable::zero_(tensor); }
 
 // Uninitialised memory, aligned to cache lines: torch's, so that its allocator and memory profiler see it, but for a
 // few kilobytes, where making a tensor takes as long as a step of a small cell. An empty buffer is a null pointer.
