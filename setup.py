@@ -44,6 +44,7 @@ def main() -> None:
             "-fvisibility=hidden",
             "-fno-math-errno",
             "-fno-trapping-math",
+            "-ffp-contract=off",  # products are fused where the kernels say so, and so on every compiler
             "-Wall",
             "-Wextra",
             "-Wno-unused-parameter",  # torch's headers

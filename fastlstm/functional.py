@@ -4,14 +4,15 @@ The modules call these two functions, and so may anyone who keeps the weights el
 caller's layout (``batch_first``, no batch dimension, no initial state) into the one layout of the operator and
 draw the dropout masks. What does not fit is refused by the operator; only then do the checks of
 :mod:`fastlstm.checks` look for the mistake, to name it as nn.LSTM does: a step of streaming inference has no
-time for checking everything twice.
+time for checking everything twice. (``torch.compile`` traces the checks: there they cost nothing at run time.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastlstm import _ops, checks
@@ -58,9 +59,10 @@ def lstm(
         training: whether dropout applies.
         batch_sizes: ``batch_sizes`` of a :class:`torch.nn.utils.rnn.PackedSequence`: int64 ``[T]`` on the
             CPU, non-increasing. The states are then in the order of the sorted sequences.
-        lengths: int64 ``[B]`` in any order, each in [0, T]: the steps of each sequence of a padded input, in
-            place of packing. The output is zero behind a sequence's end; the final states are those of its last
-            step, for a sequence of no steps the initial ones; the reverse direction begins at its last step.
+        lengths: int64 ``[B]`` in any order, for unbatched input a scalar, each in [0, T]: the steps of each
+            sequence of a padded input, in place of packing. The output is zero behind a sequence's end; the
+            final states are those of its last step, for a sequence of no steps the initial ones; the reverse
+            direction begins at its last step.
         reset_mask: bool, shaped like the input without its features (``[T, B]``, with ``batch_first``
             ``[B, T]``, ...): where true, both states are zero *before* that step, as at the first step of an
             episode. The mask cuts a sequence into pieces, so the reverse direction begins anew too: at the
@@ -77,6 +79,8 @@ def lstm(
         RuntimeError: a size, dtype or device does not fit, or T = 0.
         NotImplementedError: there is no kernel for the device of the input.
     """
+    if reset_mask is not None:
+        checks.check_reset_mask(reset_mask, input.shape[:-1])
     x, unbatched = input, False
     if batch_sizes is not None:
         checks.check_batch_sizes(batch_sizes)
@@ -85,12 +89,13 @@ def lstm(
         unbatched = rank == 2
         if unbatched:
             x = input.unsqueeze(1)
-            reset_mask = reset_mask if reset_mask is None else reset_mask.unsqueeze(-1)
+            reset_mask = reset_mask if reset_mask is None else reset_mask.unsqueeze(1)
+            lengths = lengths if lengths is None else lengths.unsqueeze(0)
         elif rank != 3:
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
         elif batch_first:
             x = input.transpose(0, 1)
-            reset_mask = reset_mask if reset_mask is None else reset_mask.t()
+            reset_mask = reset_mask if reset_mask is None else reset_mask.transpose(0, 1)
     if hx is None:
         h_0, c_0 = _zero_states(x, weights, batch_sizes, num_layers, bidirectional, bias)
     else:
@@ -100,23 +105,22 @@ def lstm(
         if unbatched:
             _check_state_rank(input, h_0, c_0)
             h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
-    if lengths is not None:
+    if lengths is not None and lengths.device != x.device and not lengths.is_meta:
         lengths = lengths.to(x.device)
+    if dropout and not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
     structure = (num_layers, bidirectional, bias)
-    dropout_mask = None
-    if dropout:
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
-        if training and num_layers > 1:
-            # Before the draw: a call that fails leaves the generator as it was.
-            _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure)
-            dropout_mask = _draw_dropout_mask(x, dropout, num_layers - 1, (1 + bidirectional) * h_0.size(-1))
+    draw = bool(dropout) and training and num_layers > 1
+    if draw or torch.compiler.is_compiling():
+        # Before the draw: a call that fails leaves the generator as it was.
+        _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, None, *structure)
+    mask = _draw_dropout_mask(x, dropout, num_layers - 1, (1 + bidirectional) * h_0.size(-1)) if draw else None
 
+    arguments = (x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, mask, *structure)
     try:
-        y, h_n, c_n = _ops.lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, *structure)
+        y, h_n, c_n = _ops.lstm(*arguments)
     except RuntimeError as error:
-        _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure)
-        _raise_again(error, x)
+        raise _explained(error, x, _check, input, *arguments) from None
 
     if unbatched:
         return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
@@ -166,20 +170,19 @@ def lstm_cell(
     x = input if rank == 2 else input.unsqueeze(0)
     if hx is None:
         h, c = (state.squeeze(0) for state in _zero_states(x.unsqueeze(0), weights, None, 1, False, bias))
+        hx = (h, c)
     else:
         if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
         h, c = hx
         if rank == 1:
             h, c = h.unsqueeze(0), c.unsqueeze(0)
+    if torch.compiler.is_compiling():
+        _check_cell(hx, x, weights, h, c, bias)
     try:
         _, h_1, c_1 = _ops.lstm(x, weights, h, c, None, None, None, None, 1, False, bias)
     except RuntimeError as error:
-        for index, state in enumerate(hx or ()):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead") from None
-        checks.check_lstm_cell(x, weights, h, c, bias)
-        _raise_again(error, x)
+        raise _explained(error, x, _check_cell, hx, x, weights, h, c, bias) from None
     return (h_1, c_1) if rank == 2 else (h_1.squeeze(0), c_1.squeeze(0))
 
 
@@ -192,18 +195,13 @@ def _zero_states(
     bias: bool,
 ) -> State:
     directions = 2 if bidirectional else 1
-    checks.check_weights(weights, num_layers, directions, bias)
-    states, batch = num_layers * directions, _batch(x, batch_sizes)
+    checks.check_weight_count(weights, num_layers, directions, bias)
+    states, batch = num_layers * directions, x.size(1)
+    if batch_sizes is not None:
+        batch = int(batch_sizes[0]) if batch_sizes.size(0) else 0
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
     c_0 = x.new_zeros(states, batch, hidden_size)
     return (c_0 if out_size == hidden_size else x.new_zeros(states, batch, out_size)), c_0
-
-
-def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
-    """B of the operator's layout."""
-    if batch_sizes is None:
-        return x.size(1)
-    return int(batch_sizes[0]) if batch_sizes.size(0) else 0
 
 
 def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tensor:
@@ -218,21 +216,19 @@ def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tenso
     return mask.div_(1 - p)
 
 
-def _check(
-    input: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    *structure: Any,
-) -> None:
-    """Raise for what is wrong with the arguments of :func:`lstm`, if anything is."""
-    if batch_sizes is None and input.dim() == 3:
+def _check(input: Tensor, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, *options: Any) -> None:
+    """Raise for what is wrong with the arguments of :func:`lstm`, if anything is; ``input`` is the caller's."""
+    if input.dim() == 3:  # the states of unbatched input have been checked, and have a dimension more than they had
         _check_state_rank(input, h_0, c_0)
-    checks.check_lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, *structure, batch=_batch(x, batch_sizes))
+    checks.check_lstm(x, weights, h_0, c_0, *options)
+
+
+def _check_cell(hx: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, bias: bool) -> None:
+    """Raise for what is wrong with the arguments of :func:`lstm_cell`, if anything is; ``hx`` is the caller's."""
+    for index, state in enumerate(hx):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+    checks.check_lstm_cell(x, weights, h, c, bias)
 
 
 def _check_state_rank(input: Tensor, h_0: Tensor, c_0: Tensor) -> None:
@@ -245,10 +241,14 @@ def _check_state_rank(input: Tensor, h_0: Tensor, c_0: Tensor) -> None:
         )
 
 
-def _raise_again(error: RuntimeError, x: Tensor) -> NoReturn:
-    """Raise what the operator raised, unless the dispatcher's own words can be made clearer."""
+def _explained(error: RuntimeError, x: Tensor, check: Callable[..., None], *arguments: Any) -> Exception:
+    """What to raise for the operator's ``error``: the mistake that ``check`` finds, else the error itself."""
+    try:
+        check(*arguments)
+    except (RuntimeError, ValueError) as mistake:
+        return mistake
     if isinstance(error, NotImplementedError) and x.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
+        return NotImplementedError(
             f"this build of fastlstm has no LSTM kernel for tensors on {x.device}; move them to the CPU"
-        ) from error
-    raise error
+        )
+    return error

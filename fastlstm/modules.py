@@ -132,6 +132,7 @@ class FastLSTM(nn.RNNBase):
         Raises:
             ValueError, RuntimeError, NotImplementedError: as :func:`fastlstm.lstm`.
             TypeError: ``reset_mask`` is packed and ``input`` is not, or the other way round.
+            ValueError: both are packed, with other lengths or in another order.
         """
         parameters: dict[str, Any] = self._parameters
         # Pruned, parametrized and replicated weights are plain attributes or properties.
@@ -162,9 +163,13 @@ class FastLSTM(nn.RNNBase):
         lengths: Tensor | None,
         reset_mask: Tensor | PackedSequence | None,
     ) -> tuple[PackedSequence, State]:
+        rows, batch_sizes, sorted_indices, unsorted_indices = input
         if isinstance(reset_mask, Tensor):
             raise TypeError("reset_mask must be a PackedSequence like the input, got a Tensor")
-        rows, batch_sizes, sorted_indices, unsorted_indices = input
+        if reset_mask is not None and not (
+            _equal(reset_mask.batch_sizes, batch_sizes) and _equal(reset_mask.sorted_indices, sorted_indices)
+        ):
+            raise ValueError("reset_mask must be packed like the input, with the same lengths in the same order")
         output, states = functional.lstm(
             rows,
             weights,
@@ -294,6 +299,10 @@ class FastLSTMCell(nn.RNNCellBase):
     def to_torch(self) -> nn.LSTMCell:
         """Make an nn.LSTMCell sharing this module's Parameter objects; as :meth:`FastLSTM.to_torch`."""
         return _with_parameters_of(self, FastLSTMCell, nn.LSTMCell)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _with_parameters_of(source: nn.Module, expected: type[nn.Module], cls: type[_Module]) -> _Module:

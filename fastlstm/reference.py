@@ -104,6 +104,9 @@ def lstm(
     sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
     masks = None if reset_mask is None else torch.split(reset_mask.flatten(), sizes)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if lengths is not None:  # what lies behind the end must not reach a gradient, not even as 0 * NaN
+        running = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
+        x = torch.where(running.unsqueeze(2), x, 0)
     layer_input = x.flatten(0, -2).to(dtype)
     final_h, final_c = [], []
     for layer in range(num_layers):

@@ -1,6 +1,7 @@
 """torch.compile takes a model with FastLSTM in one graph with symbolic T and B: no unrolling, no breaks."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -188,3 +189,19 @@ def test_export_keeps_the_number_of_steps_symbolic():
     for shape in ((3, 2, 5), (50, 9, 5)):
         x = torch.randn(shape)
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda: (torch.zeros(5, 2, 7),),
+        lambda: (torch.zeros(5, 2, 5, dtype=torch.float64),),
+        lambda: (torch.zeros(5, 2, 5), (torch.zeros(1, 3, 8), torch.zeros(1, 2, 8))),
+    ],
+)
+def test_errors_are_those_of_eager_calls(arguments):
+    module = FastLSTM(5, 8)
+    with pytest.raises((RuntimeError, ValueError)) as eager:
+        module(*arguments())
+    with pytest.raises(eager.type, match=re.escape(str(eager.value))):
+        torch.compile(module, backend="aot_eager")(*arguments())

@@ -146,6 +146,7 @@ CELLS = {
     "cell state size": lambda: (x(2, 3), (x(2, 4), x(2, 5))),
     "1-D states for batched input": lambda: (x(2, 3), (x(4), x(4))),
     "three states": lambda: (x(2, 3), (x(2, 4), x(2, 4), x(2, 4))),
+    "2-D states for unbatched input": lambda: (x(3), (x(1, 4), x(1, 4))),
 }
 
 
@@ -153,6 +154,61 @@ CELLS = {
 def test_cell_forward(case):
     arguments = CELLS[case]
     assert error_of(FastLSTMCell(3, 4), *arguments()) == error_of(nn.LSTMCell(3, 4), *arguments())
+
+
+def test_one_line_of_traceback_context():
+    """The operator's own refusal, which comes first, does not show."""
+    with pytest.raises(RuntimeError) as caught:
+        FastLSTM(3, 4)(x(5, 2, 7))
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_states_of_a_cell_in_one_tensor():
+    cell = FastLSTMCell(3, 4)
+    assert torch.equal(cell(x(2, 3), x(2, 2, 4))[0], cell(x(2, 3))[0])
+    with pytest.raises(RuntimeError, match="Input batch size 2 doesn't match hidden0 batch size 5"):
+        cell(x(2, 3), x(2, 5, 4))
+    with pytest.raises(RuntimeError, match="hidden0 must have 2 dimensions for 2-D input, got 1"):
+        cell(x(4, 3), (x(4), x(4)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_single_step_by_coincidence(device):
+    """T = B = I: 3-D input and 2-D states are not taken for a single step, by kernel or fake."""
+    with pytest.raises(RuntimeError, match="For batched 3-D input, hx and cx should also be 3-D"):
+        FastLSTM(3, 4, device=device)(x(3, 3, 3, device=device), (x(3, 4, device=device), x(3, 4, device=device)))
+
+
+def test_no_features():
+    weights = [x(16, 0), x(16, 4), x(16), x(16)]
+    with pytest.raises(RuntimeError, match=re.escape("input must have at least one feature, got shape [5, 2, 0]")):
+        fastlstm.lstm(x(5, 2, 0), weights, lengths=torch.tensor([3, 5]))
+    with pytest.raises(RuntimeError, match=re.escape("input must have at least one feature, got shape [2, 0]")):
+        fastlstm.lstm_cell(x(2, 0), None, *weights)
+
+
+def test_a_refused_call_leaves_the_generator_as_it_was():
+    module = FastLSTM(3, 4, 2, dropout=0.5)
+    before = torch.get_rng_state()
+    for rows, options in (
+        (x(5, 2, 7), {}),
+        (x(5, 2, 3), {"lengths": torch.tensor([9, 1])}),
+        (x(5, 2, 3), {"reset_mask": x(5, 2)}),
+        (PackedSequence(x(3, 3), torch.tensor([1, 2])), {}),
+    ):
+        with pytest.raises(RuntimeError):
+            module(rows, **options)
+    module.weight_hh_l1 = nn.Parameter(x(16, 5))
+    with pytest.raises(RuntimeError, match=re.escape("w_hh must have shape [16, 4], got [16, 5]")):
+        module(x(5, 2, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_casts_floating_dtypes_only():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.float64, torch.int64):
+            with pytest.raises(ValueError, match=re.escape(f"RNN input dtype ({dtype}) does not match weight dtype")):
+                FastLSTM(3, 4)(x(5, 2, 3, dtype=dtype))
 
 
 # Mistakes that nn.LSTM answers with an error from the depths of a library, or not at all.

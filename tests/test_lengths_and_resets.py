@@ -85,6 +85,13 @@ def test_steps_behind_the_end_are_not_read() -> None:
     for b, length in enumerate(LENGTHS.tolist()):
         x[length:, b] = float("nan")
     torch.testing.assert_close(ours(x, hx, lengths=LENGTHS), clean, rtol=0, atol=0)
+    x.requires_grad_()
+    for create_graph in (False, True):  # the kernel, and the reference
+        y, _ = ours(x, hx, lengths=LENGTHS)
+        for gradient in torch.autograd.grad(y.sum(), [x, *ours.parameters()], create_graph=create_graph):
+            assert gradient.isfinite().all()
+    d_x = torch.func.grad(lambda a: ours(a, hx, lengths=LENGTHS)[0].sum())(x.detach())
+    assert d_x.isfinite().all()
 
 
 @pytest.mark.parametrize("stack", [{}, {"proj_size": 3}, {"batch_first": True}], ids=str)
@@ -132,6 +139,35 @@ def test_resets_of_packed_and_of_padded_sequences_agree() -> None:
     torch.testing.assert_close(states, packed_states, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("plan", fastlstm.plans())
+def test_nothing_passes_a_reset(plan: str) -> None:
+    ours = FastLSTM(I, H, 2)
+    x, hx = inputs(ours)
+    mask = torch.zeros(T, B, dtype=torch.bool)
+    mask[0, 1] = mask[4, 2] = True
+    expected, _ = ours(x, hx, reset_mask=mask)
+    for h in hx:
+        h[:, 1] = float("nan")
+    x[3, 2] = float("nan")
+    leaves = [x.requires_grad_(), *(h.requires_grad_() for h in hx)]
+    with fastlstm.force(plan):
+        y, _ = ours(x, hx, reset_mask=mask)
+        d_x, d_h_0, d_c_0 = torch.autograd.grad(torch.cat([y[:, 1], y[4:, 2]]).sum(), leaves)
+    torch.testing.assert_close(y[:, 1], expected[:, 1])
+    torch.testing.assert_close(y[4:, 2], expected[4:, 2])
+    assert not d_h_0[0, 1].any() and not d_c_0[:, 1].any()
+    assert d_x[:, 1].isfinite().all() and d_x[4:, 2].isfinite().all()
+
+
+def test_unbatched_lengths() -> None:
+    ours = FastLSTM(I, H, bidirectional=True)
+    x = torch.randn(T, I)
+    y, states = ours(x, lengths=torch.tensor(4))
+    expected, expected_states = ours(x[:4])
+    torch.testing.assert_close((y[:4], states), (expected, expected_states))
+    assert not y[4:].any()
+
+
 def test_unbatched_resets() -> None:
     ours = FastLSTM(I, H)
     x = torch.randn(T, I)
@@ -164,6 +200,38 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(run, (x,))
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_and_dropout(low: torch.dtype) -> None:
+    ours = FastLSTM(I, H, 2, dropout=0.5)
+    x, _ = inputs(ours)
+    x.requires_grad_()
+    packed_mask = pack_padded_sequence(mask := torch.rand(T, B) < 0.4, LENGTHS, enforce_sorted=False)
+    with torch.autocast("cpu", dtype=low):
+        y, _ = ours(x, lengths=LENGTHS, reset_mask=mask)
+        ours.eval()
+        still, _ = ours(x, lengths=LENGTHS, reset_mask=mask)
+        packed, _ = ours(pack_padded_sequence(x, LENGTHS, enforce_sorted=False), reset_mask=packed_mask)
+    assert y.dtype == still.dtype == low
+    assert not torch.equal(y, still)
+    assert torch.equal(still, pad_packed_sequence(packed)[0])
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.any()
+
+
+def test_vmap_over_lengths_and_masks() -> None:
+    ours = FastLSTM(I, H)
+    x, _ = inputs(ours)
+    lengths, masks = torch.randint(0, T + 1, (3, B)), torch.rand(3, T, B) < 0.4
+
+    def run(lengths: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = ours(x, lengths=lengths, reset_mask=mask)[0]
+        return y
+
+    together = torch.vmap(run)(lengths, masks)
+    for k in range(3):
+        torch.testing.assert_close(together[k], run(lengths[k], masks[k]))
+
+
 def test_compiled_with_other_sizes_and_lengths() -> None:
     ours = FastLSTM(I, H, 2)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -184,7 +252,7 @@ ERRORS = {
     "lengths must be an int64 tensor of shape [2], got torch.int32 [2]": {
         "lengths": torch.tensor([1, 2], dtype=torch.int32)
     },
-    "reset_mask must be a bool tensor of shape [3, 2], the steps and rows of the input, got torch.bool [2, 3]": {
+    "reset_mask must be a bool tensor of shape [3, 2], the input's without its features, got torch.bool [2, 3]": {
         "reset_mask": torch.zeros(2, 3, dtype=torch.bool)
     },
     "got torch.float32 [3, 2]": {"reset_mask": torch.zeros(3, 2)},
@@ -200,6 +268,52 @@ def test_errors(message: str, device: str) -> None:
     options = {name: tensor.to(device) for name, tensor in ERRORS[message].items()}
     with pytest.raises(RuntimeError, match=re.escape(message)):
         ours(torch.zeros(3, 2, I, device=device), **options)
+
+
+def test_errors_speak_the_layout_of_the_caller() -> None:
+    ours = FastLSTM(I, H, batch_first=True)
+    mask = torch.zeros(3, 2, dtype=torch.bool)
+    for x, shape, bad in (
+        (torch.zeros(2, 3, I), "[2, 3]", mask),
+        (torch.zeros(2, 3, I), "[2, 3]", mask[None]),
+        (torch.zeros(3, I), "[3]", mask),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(f"shape {shape}, the input's without its features")):
+            ours(x, reset_mask=bad)
+
+
+def test_arguments_on_another_device() -> None:
+    ours = FastLSTM(I, H)
+    x = torch.zeros(3, 2, I)
+    with pytest.raises(RuntimeError, match="input tensor at cpu and lengths tensor at meta"):
+        ours(x, lengths=torch.zeros(2, dtype=torch.int64, device="meta"))
+    with pytest.raises(RuntimeError, match="input tensor at cpu and reset_mask tensor at meta"):
+        ours(x, reset_mask=torch.zeros(3, 2, dtype=torch.bool, device="meta"))
+
+
+def test_masks_packed_in_another_way() -> None:
+    ours = FastLSTM(I, H)
+    x, ones = torch.randn(4, 2, I), torch.ones(4, 2, dtype=torch.bool)
+    for lengths, others in (([3, 2], [4, 1]), ([2, 3], [3, 2])):
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        mask = pack_padded_sequence(ones, torch.tensor(others), enforce_sorted=False)
+        with pytest.raises(ValueError, match="reset_mask must be packed like the input"):
+            ours(packed, reset_mask=mask)
+
+
+def test_transforms_check_too() -> None:
+    ours = FastLSTM(I, H)
+    x = torch.zeros(3, 2, I)
+    for options, message in (
+        ({"lengths": torch.tensor([9, 1])}, "lengths must lie in [0, T] = [0, 3], got 9 at 0"),
+        ({"reset_mask": torch.zeros(3, 2)}, "reset_mask must be a bool tensor"),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            torch.func.grad(lambda a, options=options: ours(a, **options)[0].sum())(x)
+    weights = [p.detach() for p in ours.parameters()]
+    weights[2] = weights[2][:1]
+    with pytest.raises(RuntimeError, match=re.escape("b_ih must have shape [24], got [1]")):
+        torch.func.grad(lambda a: fastlstm.lstm(a, weights)[0].sum())(x)
 
 
 def test_packed_and_padded_arguments_do_not_mix() -> None:

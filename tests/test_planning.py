@@ -70,7 +70,30 @@ def test_force_a_variant() -> None:
         fastlstm.plan(T=7, B=3, I=8, H=8)
 
 
+def test_products() -> None:
+    shape = {"T": 7, "B": 3, "I": 8, "H": 8, "training": True}
+    with fastlstm.force(products="full"):
+        full = fastlstm.plan(dtype=torch.bfloat16, **shape)
+        with fastlstm.force("packed", products="bf16"):
+            plan = fastlstm.plan(dtype=torch.bfloat16, **shape)
+        assert fastlstm.plan(dtype=torch.bfloat16, **shape) == full, "leaving the inner block restores the outer"
+    assert (full.forward_products, full.backward_products) == ("full", "full")
+    assert (plan.forward_products, plan.backward_products) == ("bf16", "bf16")
+    assert str(plan).count(", bf16 products)") == 2 and "bf16" not in str(full)
+    with fastlstm.force(products="bf16"):
+        for dtype in (None, torch.float16, torch.float64):
+            with pytest.raises(ValueError, match="products='bf16' needs bfloat16 tensors"):
+                fastlstm.plan(dtype=dtype, **shape)
+        torch.backends.mkldnn.rnn.fp32_precision = "bf16"
+        try:
+            assert fastlstm.plan(**shape).forward_products == "bf16"
+        finally:
+            torch.backends.mkldnn.rnn.fp32_precision = "none"
+
+
 def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="products must be one of 'full', 'bf16', got 'int8'"):
+        fastlstm.force(products="int8").__enter__()
     with pytest.raises(ValueError, match="split must be one of 'rows', 'units', got 'time'"):
         fastlstm.force(split="time").__enter__()
     with pytest.raises(ValueError, match="plan must be one of 'stepwise', 'packed', 'unpacked', got 'fast'"):

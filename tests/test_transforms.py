@@ -58,6 +58,19 @@ def test_func_grad_vjp_jacrev(pair: tuple[FastLSTM, nn.LSTM]) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_transforms_under_autocast(pair: tuple[FastLSTM, nn.LSTM]) -> None:
+    ours = FastLSTM(3, 4)
+    x, tangent = torch.randn(2, 5, 2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, d_y = torch.func.jvp(lambda a: ours(a)[0], (x,), (tangent,))
+        d_x = torch.func.grad(lambda a: ours(a)[0].float().sum())(x)
+        together = torch.vmap(lambda a: ours(a)[0])(torch.stack([x, tangent]))
+    _, expected = torch.func.jvp(lambda a: ours(a)[0], (x,), (tangent,))
+    torch.testing.assert_close(d_y.float(), expected, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(d_x, torch.func.grad(lambda a: ours(a)[0].sum())(x), rtol=0.1, atol=0.05)
+    torch.testing.assert_close(together[1].float(), ours(tangent)[0], rtol=0.1, atol=0.02)
+
+
 def test_vmap_over_inputs() -> None:
     cell = FastLSTMCell(3, 4)
     x = torch.randn(6, 2, 3)

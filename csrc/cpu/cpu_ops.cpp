@@ -1,8 +1,8 @@
 // The operators on the CPU: tensors in, checks, conversion to the compute type, one call of the driver, tensors out.
 //
-// float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit, so
-// results are closer to exact than a step-by-step 16-bit LSTM's. (In backward, the gradient of the last layer's W_hh
-// reads h from the rounded y.)
+// float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit; in
+// between, only a plan with bfloat16 products rounds, and only their factors. (In backward, the gradient of the last
+// layer's W_hh reads h from the rounded y.)
 //
 // The driver knows sequences of different lengths only as packed rows. With `lengths`, rows are gathered into that form
 // on entry and scattered back on exit, which costs one copy of x and y.
@@ -113,14 +113,17 @@ void parse_lengths(Arguments& a, const Tensor& tensor) {
   }
   std::stable_sort(packing.sequences.begin(), packing.sequences.end(),
                    [&](int64_t left, int64_t right) { return lengths[left] > lengths[right]; });
+  const int64_t steps = packing.sequences.empty() ? 0 : lengths[packing.sequences.front()];
+  packing.rows.reserve(std::accumulate(lengths, lengths + p.B, int64_t{0}));
   a.schedule.offsets = {0};
-  for (int64_t t = 0; t < p.T; ++t) {
-    for (const int64_t b : packing.sequences)
-      if (lengths[b] > t) packing.rows.push_back(t * p.B + b);
-    if (static_cast<int64_t>(packing.rows.size()) == a.schedule.offsets.back()) break;  // all sequences have ended
+  for (int64_t t = 0; t < steps; ++t) {
+    for (const int64_t b : packing.sequences) {
+      if (lengths[b] <= t) break;  // nor do the shorter ones after it run any more
+      packing.rows.push_back(t * p.B + b);
+    }
     a.schedule.offsets.push_back(static_cast<int64_t>(packing.rows.size()));
   }
-  p.T = a.schedule.steps();
+  p.T = steps;
   p.B = static_cast<int64_t>(packing.sequences.size());
   p.N = a.schedule.rows();
   a.packing = std::move(packing);
@@ -168,6 +171,7 @@ void parse_sizes(Arguments& a, const Call& call) {
   p.P = out == p.H ? 0 : out;
   const auto x_sizes = x.sizes();
   p.I = x_sizes[x_sizes.size() - 1];
+  FASTLSTM_CHECK(p.I >= 1, "x must have at least one feature, got ", shape_text(x_sizes));
   FASTLSTM_CHECK(out >= 1 && out <= p.H, "h_0 must have at least 1 and at most as many features as c_0, got ", out,
                  " and ", p.H);
   a.states = single_step ? Sizes{p.B} : Sizes{p.layers * p.directions, p.B};
@@ -243,23 +247,30 @@ Arguments parse(const Call& call, bool training) {
 
 // ------------------------------------------------------------------------------------------------ packed rows
 
-// Rows of `features` values, `blocks` times: to[i] = from[index[i]], or back: to[index[i]] = from[i].
-template <class T>
-void gather_rows(const T* from, const std::vector<int64_t>& index, int64_t from_rows, int64_t blocks, int64_t features,
-                 T* to) {
+// Copies rows of `features` values between the driver's packed form and the caller's, whose rows `index` are packed;
+// both hold `blocks` such sets of rows, the caller's `caller_rows` each.
+template <class Copy>
+void for_packed_rows(const std::vector<int64_t>& index, int64_t caller_rows, int64_t blocks, int64_t features,
+                     const Copy& copy) {
   const auto rows = static_cast<int64_t>(index.size());
   parallel(blocks * rows, kElementwiseGrain / features + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      std::copy_n(from + (i / rows * from_rows + index[i % rows]) * features, features, to + i * features);
+    for (int64_t i = begin; i < end; ++i) copy(i * features, (i / rows * caller_rows + index[i % rows]) * features);
   });
 }
+
 template <class T>
-void scatter_rows(const T* from, const std::vector<int64_t>& index, int64_t to_rows, int64_t blocks, int64_t features,
-                  T* to) {
-  const auto rows = static_cast<int64_t>(index.size());
-  parallel(blocks * rows, kElementwiseGrain / features + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      std::copy_n(from + i * features, features, to + (i / rows * to_rows + index[i % rows]) * features);
+void pack_rows(const T* from, const std::vector<int64_t>& index, int64_t caller_rows, int64_t blocks, int64_t features,
+               T* packed) {
+  for_packed_rows(index, caller_rows, blocks, features, [=](int64_t in_packed, int64_t in_caller) {
+    std::copy_n(from + in_caller, features, packed + in_packed);
+  });
+}
+
+template <class T>
+void unpack_rows(const T* packed, const std::vector<int64_t>& index, int64_t caller_rows, int64_t blocks,
+                 int64_t features, T* to) {
+  for_packed_rows(index, caller_rows, blocks, features, [=](int64_t in_packed, int64_t in_caller) {
+    std::copy_n(packed + in_packed, features, to + in_caller);
   });
 }
 
@@ -292,7 +303,7 @@ class Inputs {
                     int64_t features) {
     kept_.push_back(empty({blocks, static_cast<int64_t>(index.size()), features}, a_.compute_type));
     T* to = data<T>(kept_.back());
-    gather_rows(from, index, from_rows, blocks, features, to);
+    pack_rows(from, index, from_rows, blocks, features, to);
     return to;
   }
 
@@ -317,12 +328,12 @@ class Outputs {
     if (!a_.packing) return data<T>(tensor);
     const int64_t states = a_.problem.layers * a_.problem.directions, batch = a_.states.begin()[1];
     T* to = packed(tensor, a_.packing->sequences, batch, states, features);
-    if (read) gather_rows(data<T>(tensor), a_.packing->sequences, batch, states, features, to);
+    if (read) pack_rows(data<T>(tensor), a_.packing->sequences, batch, states, features, to);
     return to;
   }
   void finish() {
     for (const Packed& p : packed_)
-      scatter_rows(p.buffer.data(), *p.index, p.to_rows, p.blocks, p.features, data<T>(p.tensor));
+      unpack_rows(p.buffer.data(), *p.index, p.to_rows, p.blocks, p.features, data<T>(p.tensor));
   }
 
  private:

@@ -76,8 +76,8 @@ struct ForwardTask {
   const T* gates_x;    // [N, 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates
   const T* w_ih;       // [4H, I] as stored
   const T* w_hh;       // [4H, P] as stored
-  const A* packed_ih;  // gate panels, K = I; null unless the packed family multiplies x itself
-  const A* packed_hh;  // gate panels, K = P; null unless the packed family runs
+  const A* packed_ih;  // gate panels, K = I; read only where the packed family multiplies x itself
+  const A* packed_hh;  // gate panels, K = P; read only in the packed family
   const A* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
   const A* h_0;        // [B, terms(P)]

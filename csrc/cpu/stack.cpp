@@ -443,7 +443,7 @@ void run_backward(const StackBackward<T>& stack, const Kernels<T, A>& k, const P
   const int64_t width_gates = terms<A>(columns), width_projected = terms<A>(P);
   const int64_t two_steps = kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B;
   const Buffer<A> two_steps_d_gates(two_steps * width_gates);
-  const Buffer<A> two_steps_d_projected = zeroed_pairs<A>(projected ? two_steps * width_projected : 0);
+  const Buffer<A> two_steps_d_projected(projected ? two_steps * width_projected : 0);
   const Buffer<T> d_outputs(inner ? 2 * N * width : 0);  // gradients of the lower layers' outputs, two in turn
   const Buffer<T> dropped(inner && stack.dropout_mask ? N * width : 0);
   const Buffer<T> ones(N);
