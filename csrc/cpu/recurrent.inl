@@ -311,7 +311,7 @@ inline void cell_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t batc
   Vec<T> c = kTail ? load_first(c_row, n) : load(c_row);
   const Vec<T> h = cell_forward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
 
-  const auto put = [n](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
+  const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
   put(c_row, c);
   if (task.hidden) {
     Operand<T, A>::store_values(task.hidden + batch * terms<A>(task.H), unit, h, n);
@@ -470,8 +470,8 @@ template <class T, class A, bool kTail>
 inline void backward_cell_of_units(const BackwardTask<T, A>& task, int64_t t, int64_t batch, const T* c_prev,
                                    int64_t unit) {
   const int64_t H = task.H, n = kTail ? H - unit : kLanes<T>, row = task.schedule->offsets[t] + batch;
-  const auto get = [n](const T* p) { return kTail ? load_first(p, n) : load(p); };
-  const auto put = [n](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
+  const auto get = [&](const T* p) { return kTail ? load_first(p, n) : load(p); };
+  const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
   Vec<T> gate[kGates];
   for (int g = 0; g < kGates; ++g) gate[g] = get(task.gates + row * kGates * H + g * H + unit);
   Vec<T> d_h = get((task.d_hidden ? task.d_hidden : task.d_h) + batch * H + unit);
