@@ -278,6 +278,23 @@ def test_bf16_products_round_to_nearest_even(isa: str) -> None:
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", fastlstm.available_isas())
+def test_bf16_products_round_whole_rows_alike(isa: str) -> None:
+    """Values that are rounded before give the same: in vectors of a row, in its remainder, in every packed matrix."""
+    p = Problem.of(Case(T=1, B=5, I=37, H=35, P=33))
+    inputs = [p.x, *p.weights[:2], p.weights[4], p.h_0]
+    for k, t in enumerate(inputs):
+        bits = t.view(torch.int32)
+        ties = torch.rand(t.shape, generator=torch.Generator().manual_seed(k)) < 0.3
+        bits[ties] = bits[ties] & -65536 | 0x8000  # half-way between two neighbours
+    with bf16_products(isa):
+        unrounded = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+        for t in inputs:
+            t.copy_(t.bfloat16())
+        rounded = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+    torch.testing.assert_close(unrounded, rounded, rtol=0, atol=0)
+
+
 def test_bf16_products_need_permission_and_the_packed_plan() -> None:
     p = Problem.of(CASES[1])
     arguments = (p.x, p.weights, p.h_0, p.c_0)
