@@ -92,6 +92,13 @@ def test_every_op_dtype_plan_and_isa_runs(quick: list[verify.Result]) -> None:
         assert {"d_x"} < {report.name for report in result.gradients}
 
 
+def test_bf16_products_are_really_taken(quick: list[verify.Result]) -> None:
+    rows = [r for r in quick if r.precision == "float32, bf16 products" and r.plan == "packed"]
+    assert {r.isa for r in rows} == set(fastlstm.available_isas())
+    for result in rows:
+        assert not result.skipped and max(report.error for report in result.outputs) > 1e-5
+
+
 def test_summaries_keep_the_largest_error(quick: list[verify.Result]) -> None:
     summaries = verify.summarize(quick)
     assert sum(s.ran for s in summaries) == sum(not result.skipped for result in quick)

@@ -139,17 +139,18 @@ class Workload:
     def plan(self, pass_: Pass) -> Plan:
         """The plan that FastLSTM follows for this shape."""
         shape = self.shape
-        return fastlstm.plan(
-            T=shape.T,
-            B=shape.B,
-            I=shape.I,
-            H=shape.H,
-            P=shape.P,
-            L=shape.layers,
-            D=shape.directions,
-            dtype=torch.bfloat16 if shape.autocast else DTYPES[shape.dtype],
-            training=pass_ == "forward_backward",
-        )
+        with self.precision():
+            return fastlstm.plan(
+                T=shape.T,
+                B=shape.B,
+                I=shape.I,
+                H=shape.H,
+                P=shape.P,
+                L=shape.layers,
+                D=shape.directions,
+                dtype=torch.bfloat16 if shape.autocast else DTYPES[shape.dtype],
+                training=pass_ == "forward_backward",
+            )
 
     def results(self, contender: str, pass_: Pass) -> dict[str, Tensor]:
         """Outputs and, in training, gradients by name: "y", "h_n", "c_n", "d_x", "d_h_0", "d_bias_ih_l0"."""
