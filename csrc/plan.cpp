@@ -141,7 +141,7 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
 std::vector<Candidate> candidates(const Problem& p, bool backward) {
   constexpr Products kFull = Products::kFull, kBf16 = Products::kBf16;
   std::vector<Candidate> all;
-  all.reserve(11);
+  all.reserve(11);  // as many as there can be: this runs at every call
   all.push_back({Family::kStepwise, Split::kRows, !backward, kFull});
   for (const Split split : {Split::kRows, Split::kUnits}) {
     all.push_back({Family::kPacked, split, false, kFull});

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastlstm
-from fastlstm import FastLSTM
+from fastlstm import FastLSTM, reference
 
 STACKS = [
     {},
@@ -157,6 +157,26 @@ def test_nothing_passes_a_reset(plan: str) -> None:
     torch.testing.assert_close(y[4:, 2], expected[4:, 2])
     assert not d_h_0[0, 1].any() and not d_c_0[:, 1].any()
     assert d_x[:, 1].isfinite().all() and d_x[4:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize(("steps", "batch", "hidden"), [(1, 3, 5), (4, 1, 1), (5, 0, 3), (3, 7, 13)])
+def test_smallest_sizes_strides_and_frozen_weights(steps: int, batch: int, hidden: int) -> None:
+    """Everything a view of something larger, one matrix of each layer frozen; against the reference."""
+    ours = FastLSTM(I, hidden, 2, bidirectional=True, dtype=torch.float64)
+    weights = list(ours.parameters())
+    for frozen in weights[1::4]:
+        frozen.requires_grad_(False)
+    x = torch.randn(batch, steps, 2 * I, dtype=torch.float64)[:, :, ::2].transpose(0, 1).requires_grad_()
+    h_0, c_0 = torch.randn(2, hidden, batch, 4, dtype=torch.float64).transpose(1, 3).unbind()
+    lengths = torch.randint(0, steps + 1, (2 * batch,))[::2]
+    mask = (torch.rand(batch, steps) < 0.4).t()
+    y, states = ours(x, (h_0, c_0), lengths=lengths, reset_mask=mask)
+    options = {"lengths": lengths, "reset_mask": mask, "num_layers": 2, "bidirectional": True}
+    expected = reference.lstm(x, weights, h_0, c_0, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close((y, *states), expected)
+    leaves = [x, *(w for w in weights if w.requires_grad)]
+    torch.testing.assert_close(gradients([y, *states], leaves), gradients(list(expected), leaves))
+    assert all(w.grad is None for w in weights)
 
 
 def test_unbatched_lengths() -> None:

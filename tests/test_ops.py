@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastlstm
 from fastlstm import _ops, reference
+from fastlstm.bench.workload import permit_bf16_products
 from fastlstm.verify import compare
 
 
@@ -216,14 +217,8 @@ def test_splits_among_threads(case: Case, split: str, threads: int) -> None:
 
 @contextlib.contextmanager
 def bf16_products(isa: str | None = None, split: str | None = None) -> Iterator[None]:
-    rnn = torch.backends.mkldnn.rnn  # type: ignore[attr-defined]
-    before = rnn.fp32_precision
-    rnn.fp32_precision = "bf16"
-    try:
-        with fastlstm.force("packed", isa, split=split, products="bf16"):
-            yield
-    finally:
-        rnn.fp32_precision = before
+    with permit_bf16_products(), fastlstm.force("packed", isa, split=split, products="bf16"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -454,6 +449,17 @@ def test_nan_and_infinity_propagate_as_in_the_reference(value: float) -> None:
             expected = reference.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
             for ours, exact in zip(outputs, expected, strict=True):
                 torch.testing.assert_close(ours, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_denormal_inputs_states_and_weights() -> None:
+    p = Problem.of(Case(T=3, B=4, I=9, H=17))
+    for t in (p.x, p.h_0, p.c_0, p.weights[0], p.weights[1]):
+        t.mul_(1e-40)
+    expected = reference.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+    for plan, isa in FORCED:
+        with fastlstm.force(plan, isa):
+            outputs = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_saturated_gates() -> None:

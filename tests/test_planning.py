@@ -5,6 +5,7 @@ import torch
 
 import fastlstm
 from fastlstm import FastLSTM
+from fastlstm.bench.workload import permit_bf16_products
 
 
 def test_plan_of_a_module_and_of_its_sizes_agree() -> None:
@@ -84,11 +85,8 @@ def test_products() -> None:
         for dtype in (None, torch.float16, torch.float64):
             with pytest.raises(ValueError, match="products='bf16' needs bfloat16 tensors"):
                 fastlstm.plan(dtype=dtype, **shape)
-        torch.backends.mkldnn.rnn.fp32_precision = "bf16"
-        try:
+        with permit_bf16_products():
             assert fastlstm.plan(**shape).forward_products == "bf16"
-        finally:
-            torch.backends.mkldnn.rnn.fp32_precision = "none"
 
 
 def test_unknown_names() -> None:

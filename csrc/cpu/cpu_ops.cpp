@@ -14,6 +14,8 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../cell.h"
@@ -247,31 +249,39 @@ Arguments parse(const Call& call, bool training) {
 
 // ------------------------------------------------------------------------------------------------ packed rows
 
-// Copies rows of `features` values between the driver's packed form and the caller's, whose rows `index` are packed;
-// both hold `blocks` such sets of rows, the caller's `caller_rows` each.
-template <class Copy>
-void for_packed_rows(const std::vector<int64_t>& index, int64_t caller_rows, int64_t blocks, int64_t features,
-                     const Copy& copy) {
-  const auto rows = static_cast<int64_t>(index.size());
-  parallel(blocks * rows, kElementwiseGrain / features + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) copy(i * features, (i / rows * caller_rows + index[i % rows]) * features);
-  });
-}
+// The rows that the driver packs out of a tensor of the caller: `index`, in each of `blocks` sets of `caller_rows`
+// rows.
+struct RowMap {
+  const std::vector<int64_t>& index;
+  int64_t caller_rows, blocks, features;
 
-template <class T>
-void pack_rows(const T* from, const std::vector<int64_t>& index, int64_t caller_rows, int64_t blocks, int64_t features,
-               T* packed) {
-  for_packed_rows(index, caller_rows, blocks, features, [=](int64_t in_packed, int64_t in_caller) {
-    std::copy_n(from + in_caller, features, packed + in_packed);
-  });
-}
+  Sizes packed_sizes() const { return {blocks, static_cast<int64_t>(index.size()), features}; }
 
-template <class T>
-void unpack_rows(const T* packed, const std::vector<int64_t>& index, int64_t caller_rows, int64_t blocks,
-                 int64_t features, T* to) {
-  for_packed_rows(index, caller_rows, blocks, features, [=](int64_t in_packed, int64_t in_caller) {
-    std::copy_n(packed + in_packed, features, to + in_caller);
-  });
+  // copy(offset in the packed form, offset in the caller's)
+  template <class Copy>
+  void for_each_row(const Copy& copy) const {
+    const auto rows = static_cast<int64_t>(index.size());
+    parallel(blocks * rows, kElementwiseGrain / features + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) copy(i * features, (i / rows * caller_rows + index[i % rows]) * features);
+    });
+  }
+  template <class T>
+  void pack(const T* from, T* packed) const {
+    for_each_row(
+        [&](int64_t in_packed, int64_t in_from) { std::copy_n(from + in_from, features, packed + in_packed); });
+  }
+  template <class T>
+  void unpack(const T* packed, T* to) const {
+    for_each_row([&](int64_t in_packed, int64_t in_to) { std::copy_n(packed + in_packed, features, to + in_to); });
+  }
+};
+
+// Of [blocks, *x.shape[:-1], features], and of [L*D, caller's B, features].
+RowMap map_rows(const Arguments& a, int64_t blocks, int64_t features) {
+  return {a.packing->rows, a.row_count, blocks, features};
+}
+RowMap map_states(const Arguments& a, int64_t features) {
+  return {a.packing->sequences, a.states[1], a.states[0], features};
 }
 
 // The caller's tensors as the driver reads them: in the compute type, contiguous and, with `lengths`, packed. Keeps the
@@ -287,23 +297,19 @@ class Inputs {
   }
   // [blocks, *x.shape[:-1], features] as [blocks, N, features]
   const T* rows(const Tensor& tensor, int64_t blocks, int64_t features) {
-    const T* from = plain(tensor);
-    return a_.packing ? gathered(from, a_.packing->rows, a_.row_count, blocks, features) : from;
+    return a_.packing ? packed(tensor, map_rows(a_, blocks, features)) : plain(tensor);
   }
   // [L*D, caller's B, features] as [L*D, B, features]
   const T* states(const Tensor& tensor, int64_t features) {
-    const T* from = plain(tensor);
-    if (!a_.packing) return from;
-    const int64_t states = a_.problem.layers * a_.problem.directions;
-    return gathered(from, a_.packing->sequences, a_.states.begin()[1], states, features);
+    return a_.packing ? packed(tensor, map_states(a_, features)) : plain(tensor);
   }
 
  private:
-  const T* gathered(const T* from, const std::vector<int64_t>& index, int64_t from_rows, int64_t blocks,
-                    int64_t features) {
-    kept_.push_back(empty({blocks, static_cast<int64_t>(index.size()), features}, a_.compute_type));
+  const T* packed(const Tensor& tensor, const RowMap& map) {
+    const T* from = plain(tensor);
+    kept_.push_back(empty(map.packed_sizes(), a_.compute_type));
     T* to = data<T>(kept_.back());
-    pack_rows(from, index, from_rows, blocks, features, to);
+    map.pack(from, to);
     return to;
   }
 
@@ -321,34 +327,29 @@ class Outputs {
   T* rows(const Tensor& tensor, int64_t features) {
     if (!a_.packing) return data<T>(tensor);
     zero(tensor);
-    return packed(tensor, a_.packing->rows, a_.row_count, 1, features);
+    return packed(tensor, map_rows(a_, 1, features));
   }
   // [L*D, caller's B, features]; keeps what it holds for sequences of no steps. `read`: the driver reads it too.
   T* states(const Tensor& tensor, int64_t features, bool read) {
     if (!a_.packing) return data<T>(tensor);
-    const int64_t states = a_.problem.layers * a_.problem.directions, batch = a_.states.begin()[1];
-    T* to = packed(tensor, a_.packing->sequences, batch, states, features);
-    if (read) pack_rows(data<T>(tensor), a_.packing->sequences, batch, states, features, to);
+    const RowMap map = map_states(a_, features);
+    T* to = packed(tensor, map);
+    if (read) map.pack(data<T>(tensor), to);
     return to;
   }
   void finish() {
-    for (const Packed& p : packed_)
-      unpack_rows(p.buffer.data(), *p.index, p.to_rows, p.blocks, p.features, data<T>(p.tensor));
+    for (const Packed& p : packed_) p.map.unpack(data<T>(p.rows), data<T>(p.tensor));
   }
 
  private:
   struct Packed {
-    Buffer<T> buffer;
-    Tensor tensor;
-    const std::vector<int64_t>* index;
-    int64_t to_rows, blocks, features;
+    Tensor rows, tensor;
+    RowMap map;
   };
 
-  T* packed(const Tensor& tensor, const std::vector<int64_t>& index, int64_t to_rows, int64_t blocks,
-            int64_t features) {
-    const int64_t size = blocks * static_cast<int64_t>(index.size()) * features;
-    packed_.push_back({Buffer<T>(size), tensor, &index, to_rows, blocks, features});
-    return packed_.back().buffer.data();
+  T* packed(const Tensor& tensor, const RowMap& map) {
+    packed_.push_back({empty(map.packed_sizes(), a_.compute_type), tensor, map});
+    return data<T>(packed_.back().rows);
   }
 
   const Arguments& a_;
@@ -378,21 +379,14 @@ void fill_inputs(StackInputs<T>& stack, const Arguments& a, const Call& call, In
   }
 }
 
-// The driver, with kernels that take products as planned.
-template <class A, class T>
-void run(const StackForward<T>& stack, const PassPlan& plan) {
-  run_forward(stack, kernels<T, A>(selected_isa()), plan);
-}
-template <class A, class T>
-void run(const StackBackward<T>& stack, const PassPlan& plan) {
-  run_backward(stack, kernels<T, A>(selected_isa()), plan);
-}
+// The driver's forward or backward pass, with kernels that take products as planned.
 template <class Stack>
 void run(const Stack& stack, const PassPlan& plan) {
   using T = std::remove_cvref_t<decltype(*stack.y)>;
+  const Isa isa = selected_isa();
   if constexpr (std::is_same_v<T, float>)
-    if (plan.products == Products::kBf16) return run<Bf16Pair>(stack, plan);
-  run<T>(stack, plan);
+    if (plan.products == Products::kBf16) return run_pass(stack, kernels<T, Bf16Pair>(isa), plan);
+  run_pass(stack, kernels<T, T>(isa), plan);
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;

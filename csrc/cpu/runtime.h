@@ -47,7 +47,7 @@ inline int32_t dtype_code(ScalarType type) {
 inline Tensor empty(const Sizes& sizes, ScalarType type) {
   std::array<int64_t, 4> strides;
   int64_t stride = 1;
-  for (int64_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1)) strides[d] = stride;
+  for (int64_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype_code(type),
                                                          aoti_torch_device_type_cpu(), 0, &handle));

@@ -208,7 +208,7 @@ void copy_final_states(const ForwardTask<T, A>& task, T* h_n) {
 }  // namespace
 
 template <class T, class A>
-void run_forward(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPlan& plan) {
+void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPlan& plan) {
   const Problem& p = *stack.problem;
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P;
   const int64_t blocks = unit_blocks(k, H), gate_columns = kGates * H;
@@ -428,7 +428,7 @@ void recurrent_weight_gradient(const BackwardTask<T, A>& task, const T* y, int64
 }  // namespace
 
 template <class T, class A>
-void run_backward(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassPlan& plan) {
+void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassPlan& plan) {
   const Problem& p = *stack.problem;
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P, columns = kGates * H;
   const bool packed = plan.family == Family::kPacked, projected = p.P > 0, inner = p.layers > 1;
@@ -535,9 +535,9 @@ void run_backward(const StackBackward<T>& stack, const Kernels<T, A>& k, const P
   }
 }
 
-#define FASTLSTM_INSTANTIATE(T, A)                                                                \
-  template void run_forward<T, A>(const StackForward<T>&, const Kernels<T, A>&, const PassPlan&); \
-  template void run_backward<T, A>(const StackBackward<T>&, const Kernels<T, A>&, const PassPlan&);
+#define FASTLSTM_INSTANTIATE(T, A)                                                             \
+  template void run_pass<T, A>(const StackForward<T>&, const Kernels<T, A>&, const PassPlan&); \
+  template void run_pass<T, A>(const StackBackward<T>&, const Kernels<T, A>&, const PassPlan&);
 FASTLSTM_INSTANTIATE(float, float)
 FASTLSTM_INSTANTIATE(float, Bf16Pair)
 FASTLSTM_INSTANTIATE(double, double)

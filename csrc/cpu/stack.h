@@ -63,11 +63,11 @@ struct StackBackward : StackInputs<T> {
   std::vector<Weights<T>> d_weights;  // [L * D], null where not needed
 };
 
-// A: what products are taken in, as plan.products says; see kernels.h.
+// A forward or backward pass. A: what products are taken of, as plan.products says; see kernels.h.
 template <class T, class A>
-void run_forward(const StackForward<T>& stack, const Kernels<T, A>& kernels, const PassPlan& plan);
+void run_pass(const StackForward<T>& stack, const Kernels<T, A>& kernels, const PassPlan& plan);
 
 template <class T, class A>
-void run_backward(const StackBackward<T>& stack, const Kernels<T, A>& kernels, const PassPlan& plan);
+void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& kernels, const PassPlan& plan);
 
 }  // namespace fastlstm::cpu

@@ -31,6 +31,18 @@ CONTENDERS = ("fastlstm", "torch")
 
 
 @contextlib.contextmanager
+def permit_bf16_products() -> Iterator[None]:
+    """Torch's switch that lets products of float32 tensors be taken of bfloat16 values; the old setting comes back."""
+    rnn = _mkldnn.rnn
+    previous = rnn.fp32_precision
+    rnn.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = previous
+
+
+@contextlib.contextmanager
 def _without_mkldnn() -> Iterator[None]:
     """Not torch.backends.mkldnn.flags, which sets precision switches too and warns about one of them."""
     enabled = torch._C._get_mkldnn_enabled()
@@ -101,15 +113,8 @@ class Workload:
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """The shape's global switches; holds during every call, restores the user's setting afterwards."""
-        rnn = _mkldnn.rnn
-        previous = rnn.fp32_precision
-        if self.shape.bf16_products:
-            rnn.fp32_precision = "bf16"
-        try:
+        with permit_bf16_products() if self.shape.bf16_products else contextlib.nullcontext():
             yield
-        finally:
-            if self.shape.bf16_products:
-                rnn.fp32_precision = previous
 
     def step(self, contender: str, pass_: Pass) -> Callable[[], None]:
         """The call to time, to be made inside `precision()`."""
