@@ -44,9 +44,15 @@ py::dict pass_to_dict(const PassPlan& pass) {
 }
 
 py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
-                  int64_t compute_bytes, bool training, bool bf16_allowed, int threads) {
+                  int64_t compute_bytes, bool training, bool bf16_allowed, int threads, std::optional<int> vector_bytes,
+                  std::optional<bool> bf16, std::optional<int64_t> l2_bytes) {
   const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training, bf16_allowed};
-  const Plan plan = make_plan(problem, cpu::this_machine(threads), cpu::forced().plan);
+  Machine machine = cpu::this_machine(threads);
+  machine.vector_bytes = vector_bytes.value_or(machine.vector_bytes);
+  machine.fma = machine.fma || vector_bytes.value_or(0) > 16;
+  machine.bf16 = bf16.value_or(machine.bf16);
+  machine.l2_bytes = l2_bytes.value_or(machine.l2_bytes);
+  const Plan plan = make_plan(problem, machine, cpu::forced().plan);
   py::dict d;
   d["forward"] = pass_to_dict(plan.forward);
   d["backward"] = plan.backward ? py::object(pass_to_dict(*plan.backward)) : py::none();
@@ -69,6 +75,30 @@ void set_forced(const Name& plan, const Name& isa, const Name& split, std::optio
   cpu::set_forced(forced);
 }
 
+template <class T>
+void apply_function(cpu::Function function, cpu::Isa isa, const py::buffer_info& values) {
+  cpu::kernels<T, T>(isa).apply(function, static_cast<T*>(values.ptr), values.size);
+}
+
+// values[i] = function(values[i]) by the vector code of an instruction set; for tests of its error.
+void apply(const std::string& function, const std::string& isa_text, const py::buffer& values) {
+  using cpu::Function;
+  static const std::vector<Function> all = {Function::kExp, Function::kSigmoid, Function::kTanh};
+  const auto name_of = [](Function f) {
+    return f == Function::kExp ? "exp" : f == Function::kSigmoid ? "sigmoid" : "tanh";
+  };
+  const Function parsed = parse_name<Function>("function", function, all, name_of);
+  const cpu::Isa isa = parse_name("isa", isa_text, cpu::available_isas(), cpu::isa_name);
+  const py::buffer_info info = values.request(/*writable=*/true);
+  if (info.ndim != 1 || info.strides[0] != info.itemsize) throw std::invalid_argument("values must be contiguous, 1-D");
+  if (info.item_type_is_equivalent_to<float>())
+    apply_function<float>(parsed, isa, info);
+  else if (info.item_type_is_equivalent_to<double>())
+    apply_function<double>(parsed, isa, info);
+  else
+    throw std::invalid_argument("values must be float32 or float64, got format '" + info.format + "'");
+}
+
 std::tuple<Name, Name, Name, std::optional<bool>, Name> get_forced() {
   const cpu::Forced forced = cpu::forced();
   Name plan, isa, split, products;
@@ -85,10 +115,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of fastlstm: operators (registered on import), planner, build information.";
   m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
-        py::arg("bf16_allowed"), py::arg("threads"));
+        py::arg("bf16_allowed"), py::arg("threads"), py::arg("vector_bytes") = py::none(), py::arg("bf16") = py::none(),
+        py::arg("l2_bytes") = py::none());
   m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"),
         py::arg("products"));
   m.def("get_forced", &get_forced);
+  m.def("apply", &apply, py::arg("function"), py::arg("isa"), py::arg("values"));
   m.def("plans", [] { return names(families(), family_name); });
   m.def("isas_compiled", [] { return names(cpu::compiled_isas(), cpu::isa_name); });
   m.def("isas_available", [] { return names(cpu::available_isas(), cpu::isa_name); });

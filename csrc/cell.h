@@ -20,14 +20,19 @@ namespace fastlstm {
 
 constexpr int kGates = 4;
 
-// i, f, g, o: pre-activations on entry, activations on exit. c: c_{t-1} on entry, c_t on exit. Returns h_t.
+// i, f, g, o: pre-activations on entry, activations on exit. c: c_{t-1} on entry, c_t on exit.
 template <class Math, class V>
-FASTLSTM_CELL V cell_forward(V& i, V& f, V& g, V& o, V& c) {
+FASTLSTM_CELL void cell_state(V& i, V& f, V& g, V& o, V& c) {
   i = Math::sigmoid(i);
   f = Math::sigmoid(f);
   g = Math::tanh(g);
   o = Math::sigmoid(o);
   c = f * c + i * g;
+}
+
+// h_t from the output gate and c_t.
+template <class Math, class V>
+FASTLSTM_CELL V cell_output(V o, V c) {
   return o * Math::tanh(c);
 }
 

@@ -13,23 +13,26 @@ namespace {
 // Fitted on two cores of an AMD EPYC 7003 (AVX2, 512 KB L2) with torch 2.13.
 namespace cost {
 constexpr double kForkJoin = 8000;         // torch's parallel_for, both threads awake
+constexpr double kMeeting = 1000;          // threads in lockstep wait for each other
 constexpr double kLibraryCall = 12000;     // one small GEMM through aten
-constexpr double kLibraryRate = 0.85;      // of the FMA peak: a library GEMM with many rows ...
-constexpr double kLibraryStepRate = 0.55;  // ... with as many as a batch ...
+constexpr double kLibraryStepRate = 0.55;  // of the FMA peak: a library GEMM with as many rows as a batch ...
 constexpr double kLibraryFewRate = 0.30;   // ... with fewer than 8
-constexpr double kTileRate = 0.85;         // packed register tiles of 4 to 6 rows
+constexpr double kTileRate = 0.92;         // packed register tiles of 4 to 6 rows
 constexpr double kNarrowTileRate = 0.70;   // packed register tiles of 1 to 3 rows
 constexpr double kDotRate = 0.75;          // dot products; each ends in a sum over lanes ...
 constexpr double kDotOverhead = 64;        // ... that costs as much as this many more terms
-constexpr double kL2Bytes = 15;            // bytes per cycle and core from L2 ...
-constexpr double kL3Bytes = 10;            // ... and from L3
-constexpr double kNarrowL3Bytes = 8;       // ... by packed tiles of 1 to 3 rows, which have little to do meanwhile
-constexpr double kExposedL2 = 0.1;         // part of the smaller of (multiply, read) that the larger does not hide:
-constexpr double kExposedL3 = 0.45;        // reading from L2, and from L3
-constexpr double kChunkRows = 96;          // as in cpu/recurrent.inl, which reads the weights anew for each chunk
-constexpr double kPackPerElement = 1.2;    // transposing
-constexpr double kCopyPerElement = 0.4;    // packing a matrix that is already k-major
-constexpr double kCellPerVector = 60;      // one vector of units of one row: five exponentials and as many divisions
+constexpr double kL2Bytes = 26;            // bytes per cycle and core from L2 ...
+constexpr double kL3Bytes = 20;            // ... and from L3
+constexpr double kStoredRate = 0.50;       // products with k-major weights in place ...
+constexpr double kStoredBytes = 15;        // ... which are read in pieces of rows
+constexpr double kStoredRows = 4;          // as in cpu/recurrent.inl: rows that one reading of them serves
+constexpr double kExposedL2 = 0.05;        // part of the smaller of (multiply, read) that the larger does not hide:
+constexpr double kExposedL3 = 0.20;        // reading from L2, and from L3
+constexpr double kChunkRows = 36;          // as in cpu/recurrent.inl, which reads the weights anew for each chunk
+constexpr double kPackPerElement = 0.8;    // transposing
+constexpr double kCopyPerElement = 0.5;    // packing a matrix that is already k-major
+constexpr double kCellPerVector = 55;      // one vector of units of one row: five exponentials and as many divisions
+constexpr int64_t kPackedRows = 10;        // rows of a bulk product from which on packing its weights pays
 }  // namespace cost
 
 struct Candidate {
@@ -60,9 +63,15 @@ double l3_part(double bytes, const Problem& p, const Machine& m) {
 }
 
 // Cycles to read this many weight bytes once by one core.
-double read_cycles(double bytes, double l3_rate, const Problem& p, const Machine& m) {
+double read_cycles(double bytes, const Problem& p, const Machine& m) {
   const double from_l3 = l3_part(bytes, p, m);
-  return bytes * (from_l3 / l3_rate + (1 - from_l3) / cost::kL2Bytes);
+  return bytes * (from_l3 / cost::kL3Bytes + (1 - from_l3) / cost::kL2Bytes);
+}
+
+// Parts that the rows of a direction are cut in where threads divide rows: as the driver cuts them.
+double row_parts(double rows, const Problem& p, const Machine& m) {
+  return std::clamp(std::floor(static_cast<double>(m.threads) / static_cast<double>(p.directions)), 1.0,
+                    std::max(rows, 1.0));
 }
 
 // Rows and hidden units that the busiest thread has in each step.
@@ -73,9 +82,7 @@ struct Share {
 Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) {
   const auto directions = static_cast<double>(p.directions), threads = static_cast<double>(m.threads);
   if (split == Split::kUnits) return {s.rows, directions * s.H / threads};
-  // As the driver cuts them: whole directions first, then the rows of each.
-  const double parts = std::clamp(std::floor(threads / directions), 1.0, std::max(s.rows, 1.0));
-  const double turns = std::ceil(directions * parts / threads);
+  const double parts = row_parts(s.rows, p, m), turns = std::ceil(directions * parts / threads);
   return {std::ceil(s.rows / parts) * turns, s.H};
 }
 
@@ -86,7 +93,7 @@ double step_cycles(const Candidate& c, const Share& share, double K, const Probl
   const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
   const double bytes = share.units * 4 * K * factor_bytes(c.products, p);
   const double passes = std::ceil(share.rows / cost::kChunkRows);
-  const double read = passes * read_cycles(bytes, narrow && !dots ? cost::kNarrowL3Bytes : cost::kL3Bytes, p, m);
+  const double read = passes * read_cycles(bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;
   return std::max(multiply, read) + exposed * std::min(multiply, read) +
@@ -96,11 +103,10 @@ double step_cycles(const Candidate& c, const Share& share, double K, const Probl
 
 // Cycles of one library GEMM: `rows` rows against a weight matrix of K x columns.
 double library_cycles(double rows, double K, double columns, const Problem& p, const Machine& m) {
-  const double rate = rows >= 512 ? cost::kLibraryRate : rows >= 8 ? cost::kLibraryStepRate : cost::kLibraryFewRate;
+  const double rate = rows >= 8 ? cost::kLibraryStepRate : cost::kLibraryFewRate;
   const double bytes = K * columns * static_cast<double>(p.compute_bytes);
   const double readers = rows >= 8 ? m.threads : 1;  // matrix-vector products run on one thread
-  return std::max(rows * K * columns / (m.threads * peak(p, m) * rate),
-                  read_cycles(bytes / readers, cost::kL3Bytes, p, m)) +
+  return std::max(rows * K * columns / (m.threads * peak(p, m) * rate), read_cycles(bytes / readers, p, m)) +
          cost::kLibraryCall;
 }
 
@@ -113,16 +119,26 @@ double library_step_cycles(const Shape& s, const Problem& p, const Machine& m) {
   return static_cast<double>(p.directions) * (step + cell) + cost::kForkJoin;
 }
 
+// Cycles that the threads of a pass spend on starting together and on waiting for each other in every phase of a step.
+double synchronisation_cycles(const Candidate& c, const Shape& s, double phases, const Problem& p, const Machine& m) {
+  if (m.threads == 1) return 0;
+  if (c.split == Split::kUnits) return cost::kForkJoin + s.steps * phases * cost::kMeeting;
+  return static_cast<double>(p.directions) * row_parts(s.rows, p, m) > 1 ? cost::kForkJoin : 0;
+}
+
 double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
   const auto directions = static_cast<double>(p.directions);
   const double rows = s.rows * s.steps;
   const double through_memory = rows * 4 * s.H * static_cast<double>(p.compute_bytes) / (4.0 * m.threads);
-  const double bulk = directions * (library_cycles(rows, s.I, 4 * s.H, p, m) + through_memory);
+  const double weights = 4 * s.H * s.I;
+  const double bulk =
+      directions * (weights * (rows / (peak(p, m) * cost::kTileRate) + cost::kPackPerElement) / m.threads +
+                    2 * cost::kForkJoin + through_memory);
   if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
   double total = s.steps * step_cycles(c, share, K, p, m) + (c.bulk_input ? bulk : 0);
-  if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 2 : 1);
+  total += synchronisation_cycles(c, s, p.P > 0 ? 2 : 1, p, m);
   if (c.family == Family::kPacked)
     total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
   return total;
@@ -131,10 +147,16 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
 double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
   if (c.family == Family::kStepwise) return s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
-  double total = s.steps * step_cycles(c, share, s.P, p, m);
-  if (c.split == Split::kUnits && m.threads > 1) total += s.steps * cost::kForkJoin * (p.P > 0 ? 3 : 1);
-  const double pack = static_cast<double>(p.directions) * 4 * s.H * s.P * cost::kCopyPerElement / m.threads;
-  return total + pack + cost::kForkJoin;
+  const auto directions = static_cast<double>(p.directions);
+  double total = synchronisation_cycles(c, s, p.P > 0 ? 3 : 1, p, m);
+  if (c.family == Family::kPacked)
+    return total + s.steps * step_cycles(c, share, s.P, p, m) +
+           directions * 4 * s.H * s.P * cost::kCopyPerElement / m.threads + cost::kForkJoin;
+  const double outputs = share.rows * share.units * 4, readings = std::ceil(share.rows / cost::kStoredRows);
+  const double bytes = share.units * 4 * s.P * static_cast<double>(p.compute_bytes);
+  return total +
+         s.steps * (std::max(outputs * s.P / (peak(p, m) * cost::kStoredRate), readings * bytes / cost::kStoredBytes) +
+                    share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector);
 }
 
 // The limits of the families: the only place that states them.
@@ -147,13 +169,10 @@ std::vector<Candidate> candidates(const Problem& p, bool backward) {
     all.push_back({Family::kPacked, split, false, kFull});
     // Both products of a bfloat16 step go through its tiles: the library's would leave a rounded sum of the first.
     if (p.bf16_allowed && p.compute_bytes == 4) all.push_back({Family::kPacked, split, false, kBf16});
-    if (backward) continue;
-    all.push_back({Family::kPacked, split, true, kFull});
-    // Dot products need h as a row of P values in y and have no projection of their own; their backward is packed's.
-    if (p.P == 0) {
-      all.push_back({Family::kUnpacked, split, false, kFull});
-      all.push_back({Family::kUnpacked, split, true, kFull});
-    }
+    if (!backward) all.push_back({Family::kPacked, split, true, kFull});
+    // Products with weights as they are stored have no projection of their own.
+    if (p.P == 0) all.push_back({Family::kUnpacked, split, false, kFull});
+    if (p.P == 0 && !backward) all.push_back({Family::kUnpacked, split, true, kFull});
   }
   return all;
 }
@@ -178,7 +197,7 @@ PassPlan choose(const Problem& p, const Machine& m, const Constraints& constrain
     if (!allowed(c, constraints, m)) continue;
     const double cycles =
         static_cast<double>(p.layers) * (backward ? backward_cycles(c, shape, p, m) : forward_cycles(c, shape, p, m));
-    if (!best || cycles < best->cycles) best = PassPlan{c.family, c.split, c.bulk_input, c.products, cycles};
+    if (!best || cycles < best->cycles) best = PassPlan{c.family, c.split, c.bulk_input, c.products, false, cycles};
   }
   if (best) return *best;
   std::ostringstream message;
@@ -216,14 +235,26 @@ std::vector<Split> splits() { return {Split::kRows, Split::kUnits}; }
 std::vector<Products> all_products() { return {Products::kFull, Products::kBf16}; }
 
 PassPlan plan_forward(const Problem& problem, const Machine& machine, const Constraints& constraints) {
-  return choose(problem, machine, constraints, false);
+  // Streaming inference asks the same again and again, and its steps are hardly longer than the search.
+  struct Last {
+    Problem problem = {};
+    Machine machine = {};
+    Constraints constraints;
+    PassPlan plan;
+  };
+  thread_local Last last;
+  if (!(problem == last.problem && machine == last.machine && constraints == last.constraints))
+    last = {problem, machine, constraints, choose(problem, machine, constraints, false)};
+  return last.plan;
 }
 
 PassPlan plan_backward(const Problem& problem, const Machine& machine, const Constraints& constraints) {
   Constraints backward = constraints;
   backward.bulk_input.reset();  // says nothing about a backward pass
-  if (backward.family == Family::kUnpacked) backward.family.reset();
-  return choose(problem, machine, backward, true);
+  PassPlan plan = choose(problem, machine, backward, true);
+  // bfloat16 products have no other form than the packed one.
+  plan.pack_input = problem.N >= cost::kPackedRows || plan.products == Products::kBf16;
+  return plan;
 }
 
 Plan make_plan(const Problem& problem, const Machine& machine, const Constraints& constraints) {

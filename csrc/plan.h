@@ -16,7 +16,7 @@ namespace fastlstm {
 enum class Family {
   kStepwise,  // one library GEMM per time step, then the cell; accepts every legal problem
   kPacked,    // register tiles over weights packed for them, the cell fused behind each tile
-  kUnpacked,  // dot products over the weights as they are stored: no packing, each weight is read once per step
+  kUnpacked,  // products with the weights as they are stored: no packing, each weight is read once per step
 };
 
 // What threads divide among themselves.
@@ -37,6 +37,8 @@ struct Machine {
   bool fma;
   bool bf16;         // it multiplies bfloat16, at twice the rate of float32
   int64_t l2_bytes;  // per core
+
+  bool operator==(const Machine&) const = default;
 };
 
 // What the user has forced (`fastlstm.force`); the planner chooses the rest.
@@ -45,6 +47,8 @@ struct Constraints {
   std::optional<Split> split;
   std::optional<bool> bulk_input;
   std::optional<Products> products;
+
+  bool operator==(const Constraints&) const = default;
 };
 
 // One pass (forward or backward) of a plan.
@@ -53,7 +57,8 @@ struct PassPlan {
   Split split = Split::kRows;
   bool bulk_input = false;  // forward only: x W_ih^T is one library GEMM over all steps, not part of each step's tile
   Products products = Products::kFull;
-  double cycles = 0;  // estimate that won
+  bool pack_input = false;  // backward only: W_ih is packed for d_x, rather than read as it is stored
+  double cycles = 0;        // estimate that won
 };
 
 struct Plan {
@@ -69,8 +74,7 @@ std::vector<Family> families();
 std::vector<Split> splits();
 std::vector<Products> all_products();
 
-// Each throws std::invalid_argument when nothing within the constraints can run the problem. A family without a
-// backward pass of its own leaves the family of the backward pass to the planner.
+// Each throws std::invalid_argument when nothing within the constraints can run the problem.
 PassPlan plan_forward(const Problem& problem, const Machine& machine, const Constraints& constraints);
 PassPlan plan_backward(const Problem& problem, const Machine& machine, const Constraints& constraints);
 

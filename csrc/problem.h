@@ -18,6 +18,7 @@ struct Problem {
   bool bf16_allowed;  // products may be taken of values rounded to bfloat16: the tensors are, or the user permits it
 
   int64_t output_size() const { return P > 0 ? P : H; }
+  bool operator==(const Problem&) const = default;
 };
 
 }  // namespace fastlstm

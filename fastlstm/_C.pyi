@@ -20,7 +20,11 @@ def plan_for(
     training: bool,
     bf16_allowed: bool,
     threads: int,
+    vector_bytes: int | None = None,
+    bf16: bool | None = None,
+    l2_bytes: int | None = None,
 ) -> dict[str, Any]: ...
+def apply(function: str, isa: str, values: Any) -> None: ...
 def set_forced(
     plan: str | None, isa: str | None, split: str | None, bulk_input: bool | None, products: str | None
 ) -> None: ...

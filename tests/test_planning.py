@@ -1,10 +1,12 @@
 """The planner and the ways to see and overrule it."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import fastlstm
-from fastlstm import FastLSTM
+from fastlstm import _C, FastLSTM
 from fastlstm.bench.workload import permit_bf16_products
 
 
@@ -28,11 +30,50 @@ def test_plan_prints_family_isa_and_reason() -> None:
 
 def test_what_the_heuristics_are_for() -> None:
     torch.set_num_threads(2)
-    one_step = fastlstm.plan(T=1, B=1, I=256, H=256)
-    assert one_step.forward == "unpacked", "packing would cost more than the step"
+    one_step = fastlstm.plan(T=1, B=1, I=256, H=256, training=True)
+    assert (one_step.forward, one_step.backward) == ("unpacked", "unpacked"), "packing would cost more than the step"
     sequence = fastlstm.plan(T=100, B=32, I=128, H=128, training=True)
-    assert (sequence.forward, sequence.forward_split) == ("packed", "rows"), "rows need no synchronisation"
+    assert (sequence.forward, sequence.backward) == ("packed", "packed")
     assert fastlstm.plan(T=100, B=2, I=1024, H=1024).forward_split == "units", "weights stay in cache"
+    assert fastlstm.plan(T=1, B=1, I=16, H=16).forward_split == "rows", "no other thread is worth waking"
+    assert fastlstm.plan(T=100, B=1, I=128, H=128).bulk_input, "of x and h only h needs to be multiplied step by step"
+
+
+def machine_plan(threads: int, T: int, B: int, H: int, *, allowed: bool = False, **machine: Any) -> dict[str, Any]:
+    """Both passes of a layer with I = H on a machine that need not be this one; ``allowed``: bfloat16 products."""
+    problem = {"T": T, "B": B, "N": T * B, "I": H, "H": H, "P": 0, "layers": 1, "directions": 1, "compute_bytes": 4}
+    return _C.plan_for(**problem, training=True, bf16_allowed=allowed, threads=threads, **machine)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("vector_bytes", [32, 64])
+def test_plans_for_other_machines(threads: int, vector_bytes: int) -> None:
+    """The work split is a formula of cores and caches: what must hold on machines that are not at hand."""
+    machine = {"vector_bytes": vector_bytes, "l2_bytes": 2**20, "bf16": False}
+
+    def cycles(T: int, B: int, H: int, threads: int = threads, **other: Any) -> float:
+        return sum(machine_plan(threads, T, B, H, **machine | other)[p]["cycles"] for p in ("forward", "backward"))
+
+    for T, B, H in ((100, 32, 128), (256, 8, 64), (100, 1, 512), (50, 64, 1024), (1, 1, 256)):
+        assert cycles(T, B, H) <= cycles(T, B, H, 1), "a thread more never makes the chosen plan slower than one"
+        assert cycles(T, B, H) <= cycles(T, B, H, l2_bytes=2**18), "nor does a larger cache"
+        assert cycles(T, B, H) < cycles(2 * T, B, H) and cycles(T, B, H) < cycles(T, B, 2 * H)
+    one_row = machine_plan(threads, 100, 1, 1024, **machine)
+    assert threads == 1 or one_row["forward"]["split"] == "units", "a single row cannot be divided"
+    if threads >= 8:
+        few_rows = machine_plan(threads, 100, 2, 1024, **machine)
+        assert few_rows["forward"]["split"] == "units", "two rows would leave the other threads idle"
+    many_rows = machine_plan(threads, 100, 64 * threads, 64, **machine)
+    assert many_rows["forward"]["split"] == "rows", "with enough rows for every thread nobody needs to wait"
+    assert cycles(100, 64 * threads, 64) < 1.5 * cycles(100, 64, 64, 1), "twice the rows on twice the threads"
+
+
+def test_plans_where_an_instruction_multiplies_bfloat16() -> None:
+    machine = {"vector_bytes": 64, "l2_bytes": 2**20}
+    for bf16, allowed in ((True, True), (True, False), (False, True)):
+        plan = machine_plan(2, 100, 32, 512, allowed=allowed, bf16=bf16, **machine)
+        expected = "bf16" if bf16 and allowed else "full"  # allowed, but slower without the instruction
+        assert (plan["forward"]["products"], plan["backward"]["products"]) == (expected, expected)
 
 
 @pytest.mark.parametrize("name", fastlstm.plans())

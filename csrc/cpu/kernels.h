@@ -107,7 +107,8 @@ struct BackwardTask {
   const T* cells;      // [N, H]
   const T* c_0;        // [B, H]
   const T* zeros;      // [H], c_{t-1} of a restart; null without restarts
-  const A* packed_hh;  // column panels of W_hh, K = 4H, P columns; null in the stepwise family
+  const T* w_hh;       // [4H, P] as stored, in the unpacked family; null in others
+  const A* packed_hh;  // column panels of W_hh, K = 4H, P columns, in the packed family; null in others
   const A* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
   const T* d_y;        // [N, d_y_stride] this direction's P columns, or null: zero
   int64_t d_y_stride;
@@ -129,24 +130,38 @@ struct Range {
   int64_t begin, end;
 };
 
+// The gradient of a matrix: the sum over rows of left^T right.
+template <class T, class A>
+struct Gradient {
+  const A* packed;  // column panels of the right operand
+  int64_t columns;
+  T* out;  // [columns of left, columns]
+};
+
 enum class GateProduct {
   kPacked,    // register tiles over packed weights
   kUnpacked,  // dot products over the weights as they are stored; full precision only
   kDone,      // gates_x already holds the whole pre-activation but for the bias
 };
 
+// The functions that the cell is made of, one by one, so that their error can be measured.
+enum class Function { kExp, kSigmoid, kTanh };
+
 template <class T, class A>
 struct Kernels {
   int lanes;
+
+  // values[0 ... n-1] = function(values)
+  void (*apply)(Function function, T* values, int64_t n);
 
   // out [rows, terms(K)] = rounded rows [rows, K]; null in full precision.
   void (*round_rows)(const T* from, int64_t rows, int64_t K, A* out);
 
   // Packing. Ranges are panels (gate panels: unit blocks), so that threads share the work.
-  void (*pack_gates)(const T* w, int64_t H, int64_t K, A* packed, Range blocks);             // w [4H, K]
-  void (*pack_columns)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);     // w [K, columns]
-  void (*pack_transposed)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);  // w [columns, K]
-  void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);                     // either may be null
+  void (*pack_gates)(const T* w, int64_t H, int64_t K, A* packed, Range blocks);                    // w [4H, K]
+  void (*pack_columns)(const T* const* rows, int64_t K, int64_t columns, A* packed, Range panels);  // K rows
+  void (*pack_transposed)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);         // w [columns, K]
+  void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);  // either may be null
 
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
   void (*forward_cells)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks);
@@ -161,6 +176,21 @@ struct Kernels {
   void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
   // d_gates[t] and d_c from d_h + d_y[t] (d_hidden with projection). Panels are columns of H.
   void (*backward_cells)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
+
+  // Bulk products over the rows of all steps.
+  // out[rows] (+)= a[rows] * packed matrix, for the columns of the given panels; they are taken from the last to the
+  // first where `backwards`.
+  void (*multiply_rows)(const A* a, int64_t a_stride, Range rows, const A* packed, int64_t depth, int64_t columns,
+                        Range panels, T* out, int64_t out_stride, bool accumulate, bool backwards);
+  // The same for few rows and w [K, w_columns] as stored.
+  void (*multiply_stored)(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, int64_t w_columns,
+                          Range columns, T* out, int64_t out_stride, bool accumulate);
+  // Elements of the buffer that add_gradients needs for so many terms.
+  int64_t (*gradient_buffer_size)(int64_t depth);
+  // Rows `columns` of the gradients (+)= sum of left[k]^T right[k] over K rows of [., left_stride], and of `sums` (may
+  // be null) the sum of left[k].
+  void (*add_gradients)(const T* left, int64_t left_stride, int64_t K, Range columns, A* buffer,
+                        const std::vector<Gradient<T, A>>& gradients, T* sums, bool accumulate);
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

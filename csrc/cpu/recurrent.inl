@@ -1,6 +1,7 @@
 // The recurrent CPU kernels, written once. Included by recurrent_{scalar,avx2,avx512,avx512_bf16}.cpp inside the
 // namespace of the instruction set, which has set kVectorBytes, kAccumulators (vector registers a tile may use for
-// sums), fma(), and kNativeBf16 with native_multiply_pairs() where it has an instruction for that.
+// sums), fma(), larger() and smaller() (of two; the second operand where one is NaN), and kNativeBf16 with
+// native_multiply_pairs() where it has an instruction for that.
 //
 // Order of summation: each output element is one chain over k in increasing order (packed) or `lanes` interleaved
 // chains over k added in a fixed order (unpacked), whatever the tile it falls in: the result of a row depends neither
@@ -8,10 +9,12 @@
 
 #include "vec.h"
 
-constexpr int kTileRows = 6;        // batch rows of the largest register tile
-constexpr int kGroupPanels = 4;     // panels computed before the epilogue runs: two unit blocks
-constexpr int64_t kChunkRows = 96;  // rows whose products wait in the scratch buffer (24 KB with AVX2)
-constexpr int64_t kDepth = 256;     // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
+constexpr int kTileRows = 6;         // batch rows of the largest register tile
+constexpr int kPrefetchingRows = 4;  // batch rows of the smallest tile that has load slots to spare
+constexpr int kGroupPanels = 4;      // panels computed before the epilogue runs: two unit blocks
+constexpr int64_t kChunkRows = 36;   // rows whose products wait in the scratch buffer (9 KB with AVX2)
+constexpr int64_t kRowsAhead = 8;    // rows between the one that is packed and the one that is prefetched
+constexpr int64_t kDepth = 256;      // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
 
 // Panels that a tile of this many rows processes at once: as many accumulators as registers allow, to hide FMA latency.
 constexpr int tile_panels(int rows) {
@@ -28,15 +31,37 @@ struct Scratch {
   T* row(int64_t r) { return values + r * kRowStride; }
 };
 
-// Splits n into the fewest pieces of at most `most`, as evenly as possible (32 rows: 6, 5, 5, 6, 5, 5, never 6 ... 2).
+// Splits n into the fewest pieces of at most `most`, as evenly as possible (32 rows: 6, 6, 5, 5, 5, 5, never 6 ... 2):
+// the first `longer` pieces have one more than the others.
 struct EvenSplit {
-  int64_t n, pieces;
-  EvenSplit(int64_t n, int64_t most) : n(n), pieces(ceil_div(n, most)) {}
-  int64_t begin(int64_t piece) const { return n * piece / pieces; }
-  int64_t largest() const { return ceil_div(n, pieces); }
+  int64_t pieces, size, longer;
+  EvenSplit(int64_t n, int64_t most) : pieces(ceil_div(n, most)), size(n / pieces), longer(n % pieces) {}
+  int64_t begin(int64_t piece) const { return piece * size + std::min(piece, longer); }
+  int64_t length(int64_t piece) const { return size + (piece < longer ? 1 : 0); }
+  int64_t largest() const { return length(0); }
+};
+
+// Groups of `size` adjacent items of a range, from the first to the last or the other way. Where the items' weights are
+// larger than a cache, the end that a pass over them leaves in it is where the next pass should begin.
+struct Groups {
+  Range range;
+  int64_t size;
+  bool backwards;
+
+  int64_t count() const { return ceil_div(range.end - range.begin, size); }
+  Range at(int64_t i) const {
+    const int64_t begin = range.begin + (backwards ? count() - 1 - i : i) * size;
+    return {begin, std::min(begin + size, range.end)};
+  }
 };
 
 // ---------------------------------------------------------------------------------------------- packing
+
+// Brings n adjacent values closer to the core: where rows lie far apart, no prefetcher of the processor does.
+template <class T>
+inline void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
 
 template <class T, class A>
 void round_rows(const T* from, int64_t rows, int64_t K, A* out) {
@@ -49,55 +74,60 @@ void round_rows(const T* from, int64_t rows, int64_t K, A* out) {
   }
 }
 
+// One half of a panel from `units` <= lanes rows of a matrix [., K]: out[k][u] = rows[u][k], `out` rows 2 * lanes
+// apart, lanes beyond `units` zero. Squares of lanes x lanes elements are transposed in registers.
+template <class T, class A>
+void pack_half(const T* rows, int64_t units, int64_t K, A* out) {
+  constexpr int W = kLanes<T>;
+  const int64_t depth = terms<A>(K);
+  int64_t k = 0;
+  for (; (k + W) * kValuesPerTerm<A> <= K && units == W; k += W) {
+    typename VecTraits<T>::Int square[W];  // elements as bits: a pair of bfloat16 is as wide as a float
+    for (int u = 0; u < W; ++u) square[u] = Operand<T, A>::load_terms(rows + u * K, k);
+    transpose(square);
+    for (int l = 0; l < W; ++l) __builtin_memcpy(out + (k + l) * 2 * W, &square[l], sizeof(square[l]));
+  }
+  for (; k < depth; ++k) {
+    for (int64_t u = 0; u < units; ++u) out[k * 2 * W + u] = Operand<T, A>::make(rows + u * K, 1, k, K);
+    std::fill(out + k * 2 * W + units, out + k * 2 * W + W, A{});
+  }
+}
+
 template <class T, class A>
 void pack_gates(const T* w, int64_t H, int64_t K, A* packed, Range blocks) {
   constexpr int W = kLanes<T>;
   const int64_t depth = terms<A>(K);
-  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    A* out = packed + block * depth * 4 * W;
-    const int64_t units = std::min<int64_t>(W, H - block * W);
-    if (units < W) std::fill(out, out + depth * 4 * W, A{});
-    for (int gate = 0; gate < kGates; ++gate) {
-      A* panel = out + (gate / 2) * depth * 2 * W + (gate % 2) * W;
-      const T* source = w + (gate * H + block * W) * K;
-      // Slices of k keep the strided writes within a few cache lines.
-      for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-        const int64_t k1 = std::min(depth, k0 + 16);
-        for (int64_t u = 0; u < units; ++u)
-          for (int64_t k = k0; k < k1; ++k) panel[k * 2 * W + u] = Operand<T, A>::make(source + u * K, 1, k, K);
-      }
-    }
-  }
-}
-
-template <class T, class A>
-void pack_columns(const T* w, int64_t K, int64_t columns, A* packed, Range panels) {
-  constexpr int W2 = 2 * kLanes<T>;
-  const int64_t depth = terms<A>(K);
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const int64_t n = std::min<int64_t>(W2, columns - panel * W2);
-    const T* source = w + panel * W2;
-    A* out = packed + panel * depth * W2;
-    for (int64_t k = 0; k < depth; ++k, out += W2) {
-      for (int64_t c = 0; c < n; ++c) out[c] = Operand<T, A>::make(source + c, columns, k, K);
-      std::fill(out + n, out + W2, A{});
-    }
-  }
+  for (int64_t block = blocks.begin; block < blocks.end; ++block)
+    for (int gate = 0; gate < kGates; ++gate)
+      pack_half(w + (gate * H + block * W) * K, std::min<int64_t>(W, H - block * W), K,
+                packed + (block * kGates + gate / 2 * 2) * depth * W + gate % 2 * W);
 }
 
 template <class T, class A>
 void pack_transposed(const T* w, int64_t K, int64_t columns, A* packed, Range panels) {
+  constexpr int W = kLanes<T>;
+  for (int64_t half = 2 * panels.begin; half < 2 * panels.end; ++half) {
+    const int64_t first = std::min(half * W, columns);
+    pack_half(w + first * K, std::min<int64_t>(W, columns - first), K,
+              packed + half / 2 * terms<A>(K) * 2 * W + half % 2 * W);
+  }
+}
+
+template <class T, class A>
+void pack_columns(const T* const* rows, int64_t K, int64_t columns, A* packed, Range panels) {
   constexpr int W2 = 2 * kLanes<T>;
   const int64_t depth = terms<A>(K);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const int64_t n = std::min<int64_t>(W2, columns - panel * W2);
-    const T* source = w + panel * W2 * K;
+    const int64_t first = panel * W2, n = std::min<int64_t>(W2, columns - first);
     A* out = packed + panel * depth * W2;
-    if (n < W2) std::fill(out, out + depth * W2, A{});
-    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-      const int64_t k1 = std::min(depth, k0 + 16);
-      for (int64_t c = 0; c < n; ++c)
-        for (int64_t k = k0; k < k1; ++k) out[k * W2 + c] = Operand<T, A>::make(source + c * K, 1, k, K);
+    for (int64_t k = 0; k < depth; ++k, out += W2) {
+      prefetch_row(rows[std::min((k + kRowsAhead) * kValuesPerTerm<A>, K - 1)] + first, n);
+      if (n == W2) {
+        Operand<T, A>::copy_term(rows, first, W2, k, K, out);  // a constant size: moves of whole vectors
+      } else {
+        Operand<T, A>::copy_term(rows, first, n, k, K, out);
+        std::fill(out + n, out + W2, A{});
+      }
     }
   }
 }
@@ -115,8 +145,9 @@ void pack_bias(const T* b_ih, const T* b_hh, int64_t H, T* packed) {
 
 // ---------------------------------------------------------------------------------------------- register tiles
 
-// out[r][p][v] (+)= sum_k a[r][k] * panels[p][k][v] for `kRows` rows and `kPanels` panels, `depth` terms.
-template <class T, class A, int kRows, int kPanels>
+// out[r][p][v] (+)= sum_k a[r][k] * panels[p][k][v] for `kRows` rows and `kPanels` panels, `depth` terms. Rows of `a`
+// are a_stride apart, or where that is kInterleaved, [terms][kRows].
+template <class T, class A, int kRows, int kPanels, bool kInterleaved>
 void tile(const A* a, int64_t a_stride, const A* panels, int64_t panel_stride, int64_t depth, T* out, bool accumulate) {
   using Factor = Operand<T, A>;
   constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
@@ -127,7 +158,11 @@ void tile(const A* a, int64_t a_stride, const A* panels, int64_t panel_stride, i
     for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = accumulate ? load(out + r * kRowStride + v * W) : Vec<T>{};
   // The smaller operand of the outer product stays in registers, the other passes through one.
   for (int64_t k = 0; k < depth; ++k) {
-    const auto left = [=](int r) { return Factor::broadcast_from(a + r * a_stride + k); };
+    // The first of several row tiles brings the next slice of the panel from afar; the others find it there.
+    if constexpr (kRows >= kPrefetchingRows) __builtin_prefetch(panels + (depth + k) * 2 * W, 0, 2);
+    const auto left = [=](int r) {
+      return Factor::broadcast_from(kInterleaved ? a + k * kRows + r : a + r * a_stride + k);
+    };
     const auto right = [=](int v) { return Factor::load_from(panels + (v / 2) * panel_stride + (2 * k + v % 2) * W); };
     if constexpr (kRows <= 2 * kPanels) {
       typename Factor::Vector lefts[kRows];
@@ -161,43 +196,227 @@ template <class T, class A>
 using TileFunction = void (*)(const A*, int64_t, const A*, int64_t, int64_t, T*, bool);
 
 // The tile for (rows, panels at once); only the combinations that tile_panels allows exist.
-template <class T, class A, int kRows = 1>
+template <class T, class A, bool kInterleaved, int kRows = 1>
 TileFunction<T, A> select_tile(int64_t rows, int64_t panels) {
   if constexpr (kRows > kTileRows) {
     return nullptr;
   } else {
-    if (rows != kRows) return select_tile<T, A, kRows + 1>(rows, panels);
+    if (rows != kRows) return select_tile<T, A, kInterleaved, kRows + 1>(rows, panels);
     constexpr int kMost = tile_panels(kRows);
     if constexpr (kMost >= 4) {
-      if (panels == 4) return tile<T, A, kRows, 4>;
+      if (panels == 4) return tile<T, A, kRows, 4, kInterleaved>;
     }
     if constexpr (kMost >= 2) {
-      if (panels == 2) return tile<T, A, kRows, 2>;
+      if (panels == 2) return tile<T, A, kRows, 2, kInterleaved>;
     }
-    return tile<T, A, kRows, 1>;
+    return tile<T, A, kRows, 1, kInterleaved>;
   }
 }
 
-// scratch (+)= a[rows, depth] * packed panels, for `count` <= kGroupPanels adjacent panels starting at `packed`.
+// scratch (+)= a * packed panels for the rows of `tiles` and `count` <= kGroupPanels adjacent panels starting at
+// `packed`. a(i): the rows of tile i.
+template <class T, class A, bool kInterleaved, class RowsOf>
+void multiply_tiles(const EvenSplit& tiles, const RowsOf& a, int64_t a_stride, const A* packed, int64_t depth,
+                    int64_t count, bool accumulate, Scratch<T>& scratch) {
+  constexpr int W = kLanes<T>;
+  const int64_t at_once = tile_panels(static_cast<int>(tiles.largest())), panel_stride = depth * 2 * W;
+  for (int64_t panel = 0; panel < count;) {
+    int64_t panels = at_once;
+    while (panels > count - panel) panels /= 2;
+    const TileFunction<T, A> longer = select_tile<T, A, kInterleaved>(tiles.size + 1, panels),
+                             shorter = select_tile<T, A, kInterleaved>(tiles.size, panels);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t slice = std::min(kDepth, depth - k);
+      const A* const right = packed + panel * panel_stride + k * 2 * W;
+      for (int64_t i = 0; i < tiles.pieces; ++i)
+        (i < tiles.longer ? longer : shorter)(a(i) + k * (kInterleaved ? tiles.length(i) : 1), a_stride, right,
+                                              panel_stride, slice, scratch.row(tiles.begin(i)) + panel * 2 * W,
+                                              accumulate || k > 0);
+    }
+    panel += panels;
+  }
+}
+
+// The same for `rows` rows of [., depth].
 template <class T, class A>
 void multiply_panels(const A* a, int64_t a_stride, int64_t rows, const A* packed, int64_t depth, int64_t count,
                      bool accumulate, Scratch<T>& scratch) {
-  constexpr int W = kLanes<T>;
   const EvenSplit tiles(rows, kTileRows);
-  const int64_t at_once = tile_panels(static_cast<int>(tiles.largest()));
-  const int64_t panel_stride = depth * 2 * W;
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t slice = std::min(kDepth, depth - k);
-    for (int64_t panel = 0; panel < count;) {
-      int64_t panels = at_once;
-      while (panels > count - panel) panels /= 2;
-      for (int64_t i = 0; i < tiles.pieces; ++i) {
-        const int64_t r = tiles.begin(i);
-        select_tile<T, A>(tiles.begin(i + 1) - r, panels)(a + r * a_stride + k, a_stride,
-                                                          packed + panel * panel_stride + k * 2 * W, panel_stride,
-                                                          slice, scratch.row(r) + panel * 2 * W, accumulate || k > 0);
+  const auto rows_of = [&](int64_t i) { return a + tiles.begin(i) * a_stride; };
+  multiply_tiles<T, A, false>(tiles, rows_of, a_stride, packed, depth, count, accumulate, scratch);
+}
+
+// to[i] += from[i]
+template <class T>
+inline void add_row(const T* from, int64_t n, T* to) {
+  constexpr int W = kLanes<T>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
+  if (i < n) store_first(to + i, load_first(to + i, n - i) + load_first(from + i, n - i), n - i);
+}
+
+// n values from one row to another, in vectors.
+template <class T>
+inline void copy_row(const T* from, int64_t n, T* to) {
+  constexpr int W = kLanes<T>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store_first(to + i, load_first(from + i, n - i), n - i);
+}
+
+// Columns of `count` rows of the scratch buffer, from and to a matrix: n columns of it, `stride` apart from row to row.
+template <class T>
+void load_scratch(Scratch<T>& scratch, int64_t count, int64_t n, const T* from, int64_t stride) {
+  for (int64_t r = 0; r < count; ++r) copy_row(from + r * stride, n, scratch.row(r));
+}
+template <class T>
+void store_scratch(Scratch<T>& scratch, int64_t count, int64_t n, T* to, int64_t stride) {
+  for (int64_t r = 0; r < count; ++r) copy_row(scratch.row(r), n, to + r * stride);
+}
+
+// out[rows] (+)= a[rows] * panels; columns beyond `columns` are padding and not written. `backwards`: panels from the
+// last to the first.
+template <class T, class A>
+void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, int64_t depth, int64_t columns,
+                   Range panels, T* out, int64_t out_stride, bool accumulate, bool backwards) {
+  constexpr int W2 = 2 * kLanes<T>;
+  if (rows.begin >= rows.end) return;
+  Scratch<T> scratch;
+  const EvenSplit chunks(rows.end - rows.begin, kChunkRows);
+  for (int64_t i = 0; i < chunks.pieces; ++i) {
+    const int64_t first = rows.begin + chunks.begin(i), count = chunks.length(i);
+    const Groups groups = {panels, kGroupPanels, backwards != (i % 2 == 1)};
+    for (int64_t g = 0; g < groups.count(); ++g) {
+      const Range group = groups.at(g);
+      const int64_t n = std::min(group.end * W2, columns) - group.begin * W2;
+      T* const to = out + first * out_stride + group.begin * W2;
+      if (accumulate) load_scratch(scratch, count, n, to, out_stride);
+      multiply_panels(a + first * a_stride, a_stride, count, packed + group.begin * depth * W2, depth,
+                      group.end - group.begin, accumulate, scratch);
+      store_scratch(scratch, count, n, to, out_stride);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- products in place
+
+// out[r][c] (+)= sum_k a[r][k] * w[k][c] for kRows rows and the given columns: few rows against a matrix that is not
+// packed, read in the order in which it lies in memory. The sums are multiply_rows' own: one chain over k.
+template <class T, int kRows>
+void multiply_stored_rows(const T* a, int64_t a_stride, const T* w, int64_t K, int64_t w_columns, Range columns, T* out,
+                          int64_t out_stride, bool accumulate) {
+  constexpr int W = kLanes<T>;
+  constexpr int64_t kAtOnce = 4;  // rows of w that pass over a row of sums together
+  for (int64_t k = 0; k < K; k += kAtOnce) {
+    const int64_t count = std::min(kAtOnce, K - k);
+    const bool add = accumulate || k > 0;
+    int64_t c = columns.begin;
+    if (count == kAtOnce)
+      for (; c + W <= columns.end; c += W) {
+        Vec<T> sum[kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[r] = add ? load(out + r * out_stride + c) : Vec<T>{};
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) {
+          const Vec<T> right = load(w + (k + j) * w_columns + c);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) sum[r] = fma(broadcast<T>(a[r * a_stride + k + j]), right, sum[r]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) store(out + r * out_stride + c, sum[r]);
       }
-      panel += panels;
+    for (; c < columns.end; c += W) {
+      const int64_t n = std::min<int64_t>(W, columns.end - c);
+      for (int r = 0; r < kRows; ++r) {
+        Vec<T> sum = add ? load_first(out + r * out_stride + c, n) : Vec<T>{};
+        for (int64_t j = k; j < k + count; ++j)
+          sum = fma(broadcast<T>(a[r * a_stride + j]), load_first(w + j * w_columns + c, n), sum);
+        store_first(out + r * out_stride + c, sum, n);
+      }
+    }
+  }
+}
+
+template <class T>
+void multiply_stored(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, int64_t w_columns,
+                     Range columns, T* out, int64_t out_stride, bool accumulate) {
+  if (rows <= 0) return;
+  const EvenSplit groups(rows, 4);
+  for (int64_t i = 0; i < groups.pieces; ++i) {
+    const int64_t r = groups.begin(i);
+    const auto run = [&](auto function) {
+      function(a + r * a_stride, a_stride, w, K, w_columns, columns, out + r * out_stride, out_stride, accumulate);
+    };
+    switch (groups.length(i)) {
+      case 1: run(multiply_stored_rows<T, 1>); break;
+      case 2: run(multiply_stored_rows<T, 2>); break;
+      case 3: run(multiply_stored_rows<T, 3>); break;
+      default: run(multiply_stored_rows<T, 4>); break;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- weight gradients
+
+// A left operand packed tile by tile: [tile][terms][rows of the tile], with a gap between tiles so that their
+// beginnings fall in different sets of the cache.
+constexpr int64_t kTileGap = 16;
+constexpr int64_t gradient_buffer_size(int64_t depth) {
+  return kChunkRows * depth + ceil_div(kChunkRows, kTileRows) * kTileGap;
+}
+
+// to[c] = term k of column c of a matrix of K rows.
+template <class T, class A, int kColumns>
+inline void copy_term_of_columns(const T* from, int64_t stride, int64_t k, int64_t K, A* to) {
+  if constexpr (kFullPrecision<T, A>)
+    __builtin_memcpy(to, from + k * stride, kColumns * sizeof(T));
+  else
+    for (int c = 0; c < kColumns; ++c) to[c] = Operand<T, A>::make(from + c, stride, k, K);
+}
+
+// out[c] (+)= left^T right over K rows, for the given columns of left and all of each right. Each chunk of columns of
+// left is packed into `buffer` on its way.
+template <class T, class A>
+void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns, A* buffer,
+                   const std::vector<Gradient<T, A>>& gradients, T* sums, bool accumulate) {
+  constexpr int W2 = 2 * kLanes<T>;
+  Scratch<T> scratch;
+  const int64_t depth = terms<A>(K);
+  const EvenSplit chunks(columns.end - columns.begin, kChunkRows);
+  for (int64_t i = 0; i < chunks.pieces; ++i) {
+    const int64_t first = columns.begin + chunks.begin(i), count = chunks.length(i);
+    const EvenSplit tiles(count, kTileRows);
+    const auto packed_tile = [&](int64_t tile) { return buffer + tiles.begin(tile) * depth + tile * kTileGap; };
+    if (sums && !accumulate) std::fill_n(sums + first, count, T(0));
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t row = k * kValuesPerTerm<A>; row < std::min(K, (k + 1) * kValuesPerTerm<A>); ++row) {
+        prefetch_row(left + std::min(row + kRowsAhead, K - 1) * left_stride + first, count);
+        if (sums) add_row(left + row * left_stride + first, count, sums + first);
+      }
+      for (int64_t tile = 0; tile < tiles.pieces; ++tile) {
+        const int64_t n = tiles.length(tile);
+        const T* const from = left + first + tiles.begin(tile);
+        A* const to = packed_tile(tile) + k * n;
+        // Constant sizes become a few moves; other ones occur only with very few columns.
+        switch (n) {
+          case kTileRows: copy_term_of_columns<T, A, kTileRows>(from, left_stride, k, K, to); break;
+          case kTileRows - 1: copy_term_of_columns<T, A, kTileRows - 1>(from, left_stride, k, K, to); break;
+          default:
+            for (int64_t c = 0; c < n; ++c) to[c] = Operand<T, A>::make(from + c, left_stride, k, K);
+        }
+      }
+    }
+    for (const Gradient<T, A>& gradient : gradients) {
+      const Groups groups = {{0, ceil_div(gradient.columns, W2)}, kGroupPanels, i % 2 == 1};
+      for (int64_t g = 0; g < groups.count(); ++g) {
+        const Range group = groups.at(g);
+        const int64_t n = std::min(group.end * W2, gradient.columns) - group.begin * W2;
+        T* const out = gradient.out + first * gradient.columns + group.begin * W2;
+        if (accumulate) load_scratch(scratch, count, n, out, gradient.columns);
+        multiply_tiles<T, A, true>(tiles, packed_tile, 0, gradient.packed + group.begin * depth * W2, depth,
+                                   group.end - group.begin, accumulate, scratch);
+        store_scratch(scratch, count, n, out, gradient.columns);
+      }
     }
   }
 }
@@ -248,82 +467,136 @@ struct DotTile {
   }
 };
 
-// Products of all gates of unit block `block` for kRows rows, h (and x where there is no gates_x) against stored
-// weights.
-template <class T, int kRows>
-void dot_block(const ForwardTask<T, T>& task, const T* h, int64_t h_stride, const T* x, int64_t block, T* out) {
-  constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
-  constexpr int kUnits = std::min(4, W);            // adjacent rows of a weight matrix: one stretch of memory
-  constexpr int kGatesAtOnce = kRows == 1 ? 2 : 1;  // eight chains at least, to hide the FMA latency
-  const int64_t first = block * W, last = std::min<int64_t>(task.H, first + W);
-  for (int64_t unit = first; unit < last; unit += kUnits) {
-    for (int gate = 0; gate < kGates; gate += kGatesAtOnce) {
-      const T *w_hh[kGatesAtOnce][kUnits], *w_ih[kGatesAtOnce][kUnits];
-      for (int g = 0; g < kGatesAtOnce; ++g)
-        for (int u = 0; u < kUnits; ++u) {
-          // Beyond the last unit the last one is computed again, for lanes that nobody reads.
-          const int64_t row = (gate + g) * task.H + std::min(unit + u, last - 1);
-          w_hh[g][u] = task.w_hh + row * task.P;
-          w_ih[g][u] = task.w_ih + row * task.I;
-        }
-      DotTile<T, kRows, kGatesAtOnce, kUnits> dots;
-      if (x) dots.add(x, task.I, w_ih, task.I);
-      dots.add(h, h_stride, w_hh, task.P);
-      for (int r = 0; r < kRows; ++r)
-        for (int g = 0; g < kGatesAtOnce; ++g) dots.totals(r, g, out + r * kRowStride + (gate + g) * W + unit - first);
-    }
-  }
-}
+// Adjacent rows of stored weight matrices for kGatesAtOnce gates: one stretch of memory for each.
+template <class T, int kGatesAtOnce, int kUnits>
+struct StoredRows {
+  const T *w_hh[kGatesAtOnce][kUnits], *w_ih[kGatesAtOnce][kUnits];
 
+  StoredRows(const ForwardTask<T, T>& task, int gate, int64_t unit, int64_t last) {
+    for (int g = 0; g < kGatesAtOnce; ++g)
+      for (int u = 0; u < kUnits; ++u) {
+        // Beyond the last unit the last one is computed again, for lanes that nobody reads.
+        const int64_t row = (gate + g) * task.H + std::min(unit + u, last - 1);
+        w_hh[g][u] = task.w_hh + row * task.P;
+        w_ih[g][u] = task.w_ih + row * task.I;
+      }
+  }
+
+  // Products with kRows rows of h (and of x where it is not null) into out[row][gate][unit].
+  template <int kRows>
+  void multiply(const ForwardTask<T, T>& task, const T* h, int64_t h_stride, const T* x, T* out) const {
+    DotTile<T, kRows, kGatesAtOnce, kUnits> dots;
+    if (x) dots.add(x, task.I, w_ih, task.I);
+    dots.add(h, h_stride, w_hh, task.P);
+    for (int r = 0; r < kRows; ++r)
+      for (int g = 0; g < kGatesAtOnce; ++g) dots.totals(r, g, out + r * Scratch<T>::kRowStride + g * kLanes<T>);
+  }
+};
+
+// Products of all gates of unit block `block` for `rows` rows against stored weights, into scratch from `column` on. A
+// few rows of the weights at a time meet all rows of the batch: only the first of these fetches them from afar.
 template <class T>
 void dot_rows(const ForwardTask<T, T>& task, const T* h, int64_t h_stride, const T* x, int64_t rows, int64_t block,
-              Scratch<T>& scratch) {
+              Scratch<T>& scratch, int64_t column) {
+  constexpr int W = kLanes<T>, kUnits = std::min(4, W);
+  const int64_t first = block * W, last = std::min<int64_t>(task.H, first + W);
   const EvenSplit tiles(rows, 3);
-  for (int64_t i = 0; i < tiles.pieces; ++i) {
-    const int64_t r = tiles.begin(i);
-    const T* tile_h = h + r * h_stride;
-    const T* tile_x = x ? x + r * task.I : nullptr;
-    switch (tiles.begin(i + 1) - r) {
-      case 1: dot_block<T, 1>(task, tile_h, h_stride, tile_x, block, scratch.row(r)); break;
-      case 2: dot_block<T, 2>(task, tile_h, h_stride, tile_x, block, scratch.row(r)); break;
-      default: dot_block<T, 3>(task, tile_h, h_stride, tile_x, block, scratch.row(r)); break;
+  for (int64_t unit = first; unit < last; unit += kUnits) {
+    T* const out = scratch.values + column + unit - first;
+    if (rows == 1) {
+      // Eight chains at least, to hide the FMA latency: of one row it takes two gates.
+      for (int gate = 0; gate < kGates; gate += 2)
+        StoredRows<T, 2, kUnits>(task, gate, unit, last).template multiply<1>(task, h, h_stride, x, out + gate * W);
+      continue;
+    }
+    for (int gate = 0; gate < kGates; ++gate) {
+      const StoredRows<T, 1, kUnits> w(task, gate, unit, last);
+      for (int64_t i = 0; i < tiles.pieces; ++i) {
+        const int64_t r = tiles.begin(i);
+        const T* const tile_h = h + r * h_stride;
+        const T* const tile_x = x ? x + r * task.I : nullptr;
+        T* const to = out + r * Scratch<T>::kRowStride + gate * W;
+        if (tiles.length(i) == 3)
+          w.template multiply<3>(task, tile_h, h_stride, tile_x, to);
+        else if (tiles.length(i) == 2)
+          w.template multiply<2>(task, tile_h, h_stride, tile_x, to);
+        else
+          w.template multiply<1>(task, tile_h, h_stride, tile_x, to);
+      }
     }
   }
 }
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// The cell on `lanes` units of one row (the first n of them where kTail). `products` may be null: all is in gates_x.
+// c_t of `lanes` units of one row (the first n of them where kTail). `products` may be null: all is in gates_x. Leaves
+// o and c_t in `state` for output_of_block.
 template <class T, class A, bool kTail>
-inline void cell_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t batch, int64_t block, const T* products) {
+inline void state_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t batch, int64_t block, const T* products,
+                           T* state) {
   constexpr int W = kLanes<T>;
   const int64_t unit = block * W, n = kTail ? task.H - unit : W, row = task.schedule->offsets[t] + batch;
+  const auto get = [&](const T* p) { return kTail ? load_first(p, n) : load(p); };
+  const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
   Vec<T> gate[kGates];
   for (int g = 0; g < kGates; ++g) {
     gate[g] = load(task.bias + (block * kGates + g) * W);
     if (products) gate[g] = gate[g] + load(products + g * W);
-    if (task.gates_x) {
-      const T* extra = task.gates_x + row * kGates * task.H + g * task.H + unit;
-      gate[g] = gate[g] + (kTail ? load_first(extra, n) : load(extra));
-    }
+    if (task.gates_x) gate[g] = gate[g] + get(task.gates_x + row * kGates * task.H + g * task.H + unit);
   }
-  T* c_row = task.c + batch * task.H + unit;
-  Vec<T> c = kTail ? load_first(c_row, n) : load(c_row);
-  const Vec<T> h = cell_forward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
-
-  const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
+  T* const c_row = task.c + batch * task.H + unit;
+  Vec<T> c = get(c_row);
+  cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
   put(c_row, c);
-  if (task.hidden) {
-    Operand<T, A>::store_values(task.hidden + batch * terms<A>(task.H), unit, h, n);
-  } else {
-    put(task.y + row * task.y_stride + unit, h);
-    if constexpr (!kFullPrecision<T, A>)
-      Operand<T, A>::store_values(task.h.at(*task.schedule, t) + batch * task.h.stride, unit, h, n);
-  }
+  store(state, gate[3]);
+  store(state + W, c);
   if (task.gates) {
     for (int g = 0; g < kGates; ++g) put(task.gates + row * kGates * task.H + g * task.H + unit, gate[g]);
     put(task.cells + row * task.H + unit, c);
   }
+}
+
+// h_t of the same units.
+template <class T, class A, bool kTail>
+inline void output_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t batch, int64_t block, const T* state) {
+  constexpr int W = kLanes<T>;
+  const int64_t unit = block * W, n = kTail ? task.H - unit : W, row = task.schedule->offsets[t] + batch;
+  const Vec<T> h = cell_output<VecMath<T>>(load(state), load(state + W));
+  if (task.hidden) {
+    Operand<T, A>::store_values(task.hidden + batch * terms<A>(task.H), unit, h, n);
+    return;
+  }
+  T* const y = task.y + row * task.y_stride + unit;
+  kTail ? store_first(y, h, n) : store(y, h);
+  if constexpr (!kFullPrecision<T, A>)
+    Operand<T, A>::store_values(task.h.at(*task.schedule, t) + batch * task.h.stride, unit, h, n);
+}
+
+// The cell of `count` rows and of adjacent unit blocks, whose products stand in the scratch buffer (`multiplied`) or
+// are all in gates_x. In two passes: the one through c_t and the one from there to h_t are long chains of dependent
+// instructions, and a processor overlaps more rows of half the length.
+template <class T, class A>
+void cells_of_blocks(const ForwardTask<T, A>& task, int64_t t, int64_t first, int64_t count, Range blocks,
+                     bool multiplied, Scratch<T>& scratch) {
+  constexpr int W = kLanes<T>;
+  const int64_t whole = std::min(blocks.end, task.H / W);  // blocks before that have all their units
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      T* const at = scratch.row(r) + (block - blocks.begin) * kGates * W;
+      const T* const products = multiplied ? at : nullptr;
+      if (block < whole)
+        state_of_block<T, A, false>(task, t, first + r, block, products, at);
+      else
+        state_of_block<T, A, true>(task, t, first + r, block, products, at);
+    }
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const T* const state = scratch.row(r) + (block - blocks.begin) * kGates * W;
+      if (block < whole)
+        output_of_block<T, A, false>(task, t, first + r, block, state);
+      else
+        output_of_block<T, A, true>(task, t, first + r, block, state);
+    }
 }
 
 // Rows [begin, end) of step t that share one source of h_{t-1}: h points at the row `begin` of it.
@@ -336,31 +609,23 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
   const int64_t offset = task.schedule->offsets[t], depth_x = terms<A>(task.I), depth_h = terms<A>(task.P);
   const EvenSplit chunks(rows.end - rows.begin, kChunkRows);
   for (int64_t i = 0; i < chunks.pieces; ++i) {
-    const int64_t first = rows.begin + chunks.begin(i), count = chunks.begin(i + 1) - chunks.begin(i);
+    const int64_t first = rows.begin + chunks.begin(i), count = chunks.length(i);
     const A* chunk_h = h + chunks.begin(i) * h_stride;
     const A* x = task.gates_x ? nullptr : task.x + (offset + first) * depth_x;
-    for (int64_t group = blocks.begin; group < blocks.end; group += kGroupBlocks) {
-      const int64_t group_blocks = std::min(kGroupBlocks, blocks.end - group);
+    const Groups groups = {blocks, kGroupBlocks, (t + i) % 2 == 1};
+    for (int64_t g = 0; g < groups.count(); ++g) {
+      const Range units = groups.at(g);
       if (product == GateProduct::kPacked) {
-        if (x)
-          multiply_panels(x, depth_x, count, task.packed_ih + group * depth_x * 4 * W, depth_x, 2 * group_blocks, false,
-                          scratch);
-        multiply_panels(chunk_h, h_stride, count, task.packed_hh + group * depth_h * 4 * W, depth_h, 2 * group_blocks,
-                        x != nullptr, scratch);
+        const int64_t panels = 2 * (units.end - units.begin), columns = units.begin * 4 * W;
+        if (x) multiply_panels(x, depth_x, count, task.packed_ih + columns * depth_x, depth_x, panels, false, scratch);
+        multiply_panels(chunk_h, h_stride, count, task.packed_hh + columns * depth_h, depth_h, panels, x != nullptr,
+                        scratch);
       }
-      for (int64_t b = 0; b < group_blocks; ++b) {
-        const int64_t block = group + b;
-        T* products = scratch.values + (product == GateProduct::kPacked ? b * 4 * W : 0);
-        if constexpr (kFullPrecision<T, A>)
-          if (product == GateProduct::kUnpacked) dot_rows(task, chunk_h, h_stride, x, count, block, scratch);
-        for (int64_t r = 0; r < count; ++r) {
-          const T* row_products = product == GateProduct::kDone ? nullptr : products + r * Scratch<T>::kRowStride;
-          if ((block + 1) * W <= task.H)
-            cell_of_block<T, A, false>(task, t, first + r, block, row_products);
-          else
-            cell_of_block<T, A, true>(task, t, first + r, block, row_products);
-        }
-      }
+      if constexpr (kFullPrecision<T, A>)
+        if (product == GateProduct::kUnpacked)
+          for (int64_t block = units.begin; block < units.end; ++block)
+            dot_rows(task, chunk_h, h_stride, x, count, block, scratch, (block - units.begin) * kGates * W);
+      cells_of_blocks(task, t, first, count, units, product != GateProduct::kDone, scratch);
     }
   }
 }
@@ -385,26 +650,6 @@ void forward_cells(const ForwardTask<T, A>& task, GateProduct product, int64_t t
     forward_segment(task, product, t, {boundary, rows.end}, blocks, task.h_0 + boundary * h_0_stride, h_0_stride);
 }
 
-// out[row] = a[row] * panels for the given rows; columns beyond `columns` are padding and not written.
-template <class T, class A>
-void multiply_rows(const A* a, int64_t a_stride, int64_t rows, const A* packed, int64_t depth, int64_t columns,
-                   Range panels, T* out, int64_t out_stride) {
-  constexpr int W2 = 2 * kLanes<T>;
-  if (rows <= 0) return;
-  Scratch<T> scratch;
-  const EvenSplit chunks(rows, kChunkRows);
-  for (int64_t i = 0; i < chunks.pieces; ++i) {
-    const int64_t first = chunks.begin(i), count = chunks.begin(i + 1) - first;
-    for (int64_t group = panels.begin; group < panels.end; group += kGroupPanels) {
-      const int64_t group_panels = std::min<int64_t>(kGroupPanels, panels.end - group);
-      multiply_panels(a + first * a_stride, a_stride, count, packed + group * depth * W2, depth, group_panels, false,
-                      scratch);
-      const int64_t n = std::min(group_panels * W2, columns - group * W2);
-      for (int64_t r = 0; r < count; ++r) std::copy_n(scratch.row(r), n, out + (first + r) * out_stride + group * W2);
-    }
-  }
-}
-
 // Columns of the given panels of one row, rounded for the next product.
 template <class T, class A>
 void round_columns(const T* from, int64_t columns, Range panels, A* to) {
@@ -421,8 +666,8 @@ void forward_project(const ForwardTask<T, A>& task, int64_t t, Range rows, Range
   rows.end = std::min(rows.end, task.schedule->active(t));
   T* y = task.y + task.schedule->offsets[t] * task.y_stride;
   const int64_t depth = terms<A>(task.H);
-  multiply_rows(task.hidden + rows.begin * depth, depth, rows.end - rows.begin, task.packed_hr, depth, task.P, panels,
-                y + rows.begin * task.y_stride, task.y_stride);
+  multiply_rows<T, A>(task.hidden, depth, rows, task.packed_hr, depth, task.P, panels, y, task.y_stride, false,
+                      t % 2 == 1);
   if constexpr (!kFullPrecision<T, A>)
     for (int64_t b = rows.begin; b < rows.end; ++b)
       round_columns(y + b * task.y_stride, task.P, panels, task.h.at(*task.schedule, t) + b * task.h.stride);
@@ -434,9 +679,15 @@ template <class T, class A>
 void backward_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   const StepRows<A>& d_gates = task.d_gates_terms;
-  multiply_rows(d_gates.at(*task.schedule, t) + rows.begin * d_gates.stride, d_gates.stride, rows.end - rows.begin,
-                task.packed_hh, terms<A>(kGates * task.H), task.P, panels, task.d_h + rows.begin * task.P, task.P);
+  const A* const a = d_gates.at(*task.schedule, t);
   const int64_t first = panels.begin * 2 * kLanes<T>, last = std::min(task.P, panels.end * 2 * kLanes<T>);
+  if constexpr (kFullPrecision<T, A>)
+    if (task.w_hh)
+      multiply_stored(a + rows.begin * d_gates.stride, d_gates.stride, rows.end - rows.begin, task.w_hh,
+                      kGates * task.H, task.P, {first, last}, task.d_h + rows.begin * task.P, task.P, false);
+  if (task.packed_hh)
+    multiply_rows(a, d_gates.stride, rows, task.packed_hh, terms<A>(kGates * task.H), task.P, panels, task.d_h, task.P,
+                  false, t % 2 == 1);
   for (int64_t b = rows.begin; b < rows.end; ++b)
     if (task.restarts_row(task.schedule->offsets[t] + b))
       std::fill(task.d_h + b * task.P + first, task.d_h + b * task.P + last, T(0));
@@ -461,9 +712,8 @@ template <class T, class A>
 void backward_project(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   const StepRows<A>& d_projected = task.d_projected_terms;
-  multiply_rows(d_projected.at(*task.schedule, t) + rows.begin * d_projected.stride, d_projected.stride,
-                rows.end - rows.begin, task.packed_hr, terms<A>(task.P), task.H, panels,
-                task.d_hidden + rows.begin * task.H, task.H);
+  multiply_rows(d_projected.at(*task.schedule, t), d_projected.stride, rows, task.packed_hr, terms<A>(task.P), task.H,
+                panels, task.d_hidden, task.H, false, t % 2 == 1);
 }
 
 template <class T, class A, bool kTail>
@@ -509,9 +759,25 @@ void backward_cells(const BackwardTask<T, A>& task, int64_t t, Range rows, Range
   }
 }
 
+// ---------------------------------------------------------------------------------------------- the table
+
+template <class T>
+void apply(Function function, T* values, int64_t n) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t count = std::min<int64_t>(W, n - i);
+    const Vec<T> x = load_first(values + i, count);
+    const Vec<T> result = function == Function::kExp       ? VecMath<T>::exp(x)
+                          : function == Function::kSigmoid ? VecMath<T>::sigmoid(x)
+                                                           : VecMath<T>::tanh(x);
+    store_first(values + i, result, count);
+  }
+}
+
 template <class T, class A>
 constexpr Kernels<T, A> kKernels = {
     kLanes<T>,
+    apply<T>,
     kFullPrecision<T, A> ? nullptr : round_rows<T, A>,
     pack_gates<T, A>,
     pack_columns<T, A>,
@@ -523,4 +789,8 @@ constexpr Kernels<T, A> kKernels = {
     backward_output<T, A>,
     backward_project<T, A>,
     backward_cells<T, A>,
+    multiply_rows<T, A>,
+    multiply_stored<T>,
+    gradient_buffer_size,
+    add_gradients<T, A>,
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "../cell.h"
 #include "kernels.h"
@@ -16,6 +18,14 @@ constexpr int kAccumulators = 12;
 template <class V>
 inline V fma(V a, V b, V c) {
   return a * b + c;
+}
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
 }
 
 #include "recurrent.inl"

@@ -5,20 +5,28 @@
 #include <type_traits>
 
 #include "../cell.h"
+#include "lockstep.h"
 #include "runtime.h"
 
 namespace fastlstm::cpu {
 
 namespace {
 
-constexpr int64_t kPackGrain = 16384;
+constexpr int64_t kPackGrain = 16384;       // elements below which a thread is not worth waking
+constexpr int64_t kMultiplyGrain = 262144;  // multiply-adds, likewise
+constexpr int64_t kBulkRows = 24;           // rows that a thread of a bulk product should have at least
+constexpr int64_t kGradientDepth = 1024;    // rows of the factors that are packed at once for a weight gradient
+constexpr int64_t kGradientUnit = 24;       // columns of the left factor that threads share out
 
-// f(direction, first, last) for the sub-ranges of D adjacent ranges of n items each, over all threads.
+// The part of n items that one of `parts` threads has.
+Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
+
+// f(direction, range) for the part of D adjacent ranges of n items each that one of `parts` threads has.
 template <class F>
-void parallel_directions(int64_t directions, int64_t n, const F& f) {
-  parallel(directions * n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t d = begin / n; d * n < end; ++d) f(d, std::max(begin - d * n, int64_t{0}), std::min(end - d * n, n));
-  });
+void share_directions(int64_t directions, int64_t n, int64_t part, int64_t parts, const F& f) {
+  const int64_t begin = directions * n * part / parts, end = directions * n * (part + 1) / parts;
+  for (int64_t d = begin / n; d * n < end; ++d)
+    f(d, Range{std::max(begin - d * n, int64_t{0}), std::min(end - d * n, n)});
 }
 
 // A direction and a range of its batch rows: what one thread runs through all steps without waiting for others.
@@ -64,6 +72,22 @@ void pack_panels(int64_t panels, int64_t elements, const Pack& pack) {
            [&](int64_t begin, int64_t end) { pack(Range{begin, end}); });
 }
 
+// Pointers to the rows of a matrix.
+template <class T>
+std::vector<const T*> row_pointers(const T* data, int64_t rows, int64_t stride) {
+  std::vector<const T*> pointers(rows);
+  for (int64_t r = 0; r < rows; ++r) pointers[r] = data + r * stride;
+  return pointers;
+}
+
+// Packs a whole [K, columns] matrix in column panels.
+template <class T, class A>
+void pack_rows(const Kernels<T, A>& k, const T* w, int64_t K, int64_t columns, A* packed) {
+  const std::vector<const T*> rows = row_pointers(w, K, columns);
+  pack_panels(column_panels(k, columns), K * columns,
+              [&](Range panels) { k.pack_columns(rows.data(), K, columns, packed, panels); });
+}
+
 // A buffer of factors whose rows may end in half a pair, which nobody writes and products read.
 template <class A>
 Buffer<A> zeroed_pairs(int64_t size) {
@@ -97,6 +121,21 @@ class Factors {
   std::optional<Buffer<A>> rounded_;
   int64_t capacity_ = 0;
 };
+
+// out [rows, columns] (+)= a [rows, depth] * packed matrix, over all threads.
+template <class T, class A>
+void multiply_bulk(const Kernels<T, A>& k, const A* a, int64_t rows, int64_t depth, const A* packed, int64_t columns,
+                   T* out, bool accumulate) {
+  const int64_t panels = column_panels(k, columns), grain = kMultiplyGrain / (depth * columns) + 1;
+  if (rows >= kBulkRows * thread_count())
+    parallel(rows, std::max(grain, kBulkRows), [&](int64_t begin, int64_t end) {
+      k.multiply_rows(a, depth, {begin, end}, packed, depth, columns, {0, panels}, out, columns, accumulate, false);
+    });
+  else
+    parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1, [&](int64_t begin, int64_t end) {
+      k.multiply_rows(a, depth, {0, rows}, packed, depth, columns, {begin, end}, out, columns, accumulate, false);
+    });
+}
 
 // The time steps of a pass, in order.
 template <class Task>
@@ -151,16 +190,23 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
     });
     return;
   }
-  for (int64_t s = 0; s < schedule.steps(); ++s) {
-    for (const ForwardTask<T, A>& task : tasks) restart_rows(task, forward_step(task, s), all_rows);
-    parallel_directions(directions, blocks, [&](int64_t d, int64_t begin, int64_t end) {
-      k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, {begin, end});
-    });
-    if (first.hidden)
-      parallel_directions(directions, panels, [&](int64_t d, int64_t begin, int64_t end) {
-        k.forward_project(tasks[d], forward_step(tasks[d], s), all_rows, {begin, end});
+  // Threads own hidden units, and each product needs the whole of h_{t-1}: they meet after every phase of a step.
+  const int64_t restart_phases = first.restarts || tasks.back().restarts ? 1 : 0;
+  const int64_t phases = restart_phases + 1 + (first.hidden ? 1 : 0);
+  Lockstep::run(schedule.steps() * phases, [&](int64_t i, int64_t part, int64_t parts) {
+    const int64_t s = i / phases, phase = i % phases - restart_phases;
+    if (phase < 0)
+      share_directions(directions, all_rows.end, part, parts,
+                       [&](int64_t d, Range rows) { restart_rows(tasks[d], forward_step(tasks[d], s), rows); });
+    else if (phase == 0)
+      share_directions(directions, blocks, part, parts, [&](int64_t d, Range units) {
+        k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, units);
       });
-  }
+    else
+      share_directions(directions, panels, part, parts, [&](int64_t d, Range columns) {
+        k.forward_project(tasks[d], forward_step(tasks[d], s), all_rows, columns);
+      });
+  });
 }
 
 // gates_x += h_{t-1} W_hh^T by one library GEMM per step (two where rows start in mid-sequence), then the cell.
@@ -226,7 +272,9 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   const Buffer<A> restarted_h(restarts ? p.directions * p.B * width_h : 0);
   const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
   const int64_t widest_input = std::max(p.I, inner_layers > 0 ? width : 0);
-  const int64_t ih_size = packed && !plan.bulk_input ? packed_gates_size(k, H, widest_input) : 0;
+  const int64_t ih_size = plan.bulk_input ? packed_columns_size(k, widest_input, gate_columns)
+                          : packed        ? packed_gates_size(k, H, widest_input)
+                                          : 0;
   const int64_t hh_size = packed ? packed_gates_size(k, H, P) : 0;
   const int64_t hr_size = packed && p.P > 0 ? packed_columns_size(k, H, P) : 0;
   const Buffer<A> packs(p.directions * (ih_size + hh_size + hr_size));
@@ -248,7 +296,8 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       A* const pack_ih = packs.data() + d * (ih_size + hh_size + hr_size);
       A* const pack_hh = pack_ih + ih_size;
       A* const pack_hr = pack_hh + hh_size;
-      if (ih_size > 0) pack_panels(blocks, gate_columns * I, [&](Range r) { k.pack_gates(w.w_ih, H, I, pack_ih, r); });
+      if (packed && !plan.bulk_input)
+        pack_panels(blocks, gate_columns * I, [&](Range r) { k.pack_gates(w.w_ih, H, I, pack_ih, r); });
       if (hh_size > 0) pack_panels(blocks, gate_columns * P, [&](Range r) { k.pack_gates(w.w_hh, H, P, pack_hh, r); });
       if (hr_size > 0)
         pack_panels(column_panels(k, P), P * H, [&](Range r) { k.pack_transposed(w.w_hr, H, P, pack_hr, r); });
@@ -256,8 +305,11 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       k.pack_bias(w.b_ih, w.b_hh, H, direction_bias);
       T* const saved_gates = stack.gates ? stack.gates + index * N * gate_columns : nullptr;
       T* const product = !plan.bulk_input ? nullptr : saved_gates ? saved_gates : gates_x.data() + d * N * gate_columns;
-      if (product)
-        matmul<T>(dense(product, N, gate_columns), dense(input, N, I), dense(w.w_ih, gate_columns, I).transposed());
+      if (product) {
+        pack_panels(column_panels(k, gate_columns), gate_columns * I,
+                    [&](Range r) { k.pack_transposed(w.w_ih, I, gate_columns, pack_ih, r); });
+        multiply_bulk(k, x, N, terms<A>(I), pack_ih, gate_columns, product, false);
+      }
 
       ForwardTask<T, A> task;
       task.schedule = stack.schedule;
@@ -336,27 +388,31 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
     return;
   }
   // Threads own hidden units. Without projection the d_h that a thread makes is all that its own cells need, so one
-  // fork-join per step is enough; with projection each product needs the whole of the one before.
-  const auto recurrent = [&](int64_t s) {
-    parallel_directions(directions, panels_h, [&](int64_t d, int64_t begin, int64_t end) {
-      k.backward_recurrent(tasks[d], backward_step(tasks[d], s), all_rows, {begin, end});
+  // phase per step is enough; with projection each product needs the whole of the one before.
+  const auto recurrent = [&](int64_t s, int64_t part, int64_t parts) {
+    share_directions(directions, panels_h, part, parts, [&](int64_t d, Range panels) {
+      k.backward_recurrent(tasks[d], backward_step(tasks[d], s), all_rows, panels);
     });
   };
-  for (int64_t s = 0; s < steps; ++s) {
-    if (first.d_hidden) {
-      if (s > 0) recurrent(s - 1);
-      for (const BackwardTask<T, A>& task : tasks) k.backward_output(task, backward_step(task, s), all_rows);
+  const int64_t phases = first.d_hidden ? 3 : 1;
+  Lockstep::run(steps * phases + (needs_d_h_0 ? 1 : 0), [&](int64_t i, int64_t part, int64_t parts) {
+    const int64_t s = i / phases, phase = i % phases + (first.d_hidden ? 0 : 2);
+    if (s == steps || phase == 0) {
+      if (s > 0) recurrent(s - 1, part, parts);
+    } else if (phase == 1) {
+      share_directions(directions, all_rows.end, part, parts,
+                       [&](int64_t d, Range rows) { k.backward_output(tasks[d], backward_step(tasks[d], s), rows); });
+    } else {
+      share_directions(directions, panels_c, part, parts, [&](int64_t d, Range panels) {
+        const int64_t t = backward_step(tasks[d], s);
+        if (first.d_hidden)
+          k.backward_project(tasks[d], t, all_rows, panels);
+        else if (s > 0)
+          k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels);
+        k.backward_cells(tasks[d], t, all_rows, panels);
+      });
     }
-    parallel_directions(directions, panels_c, [&](int64_t d, int64_t begin, int64_t end) {
-      const int64_t t = backward_step(tasks[d], s);
-      if (first.d_hidden)
-        k.backward_project(tasks[d], t, all_rows, {begin, end});
-      else if (s > 0)
-        k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, {begin, end});
-      k.backward_cells(tasks[d], t, all_rows, {begin, end});
-    });
-  }
-  if (needs_d_h_0) recurrent(steps - 1);
+  });
 }
 
 template <class T>
@@ -387,42 +443,64 @@ void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w
   if (needs_d_h_0) recurrent(backward_step(task, schedule.steps() - 1));
 }
 
-// h_{t-1} of every row, gathered: needed where the rows of two steps do not line up, or some restart.
+// h_{t-1} of every row.
 template <class T, class A>
-void gather_previous(const BackwardTask<T, A>& task, const T* y, int64_t y_stride, const T* h_0, T* out) {
+std::vector<const T*> previous_rows(const BackwardTask<T, A>& task, const T* y, int64_t y_stride, const T* h_0) {
   const Schedule& schedule = *task.schedule;
+  std::vector<const T*> rows(schedule.rows());
   for (int64_t t = 0; t < schedule.steps(); ++t) {
     const int64_t previous = task.previous(t);
     for (int64_t b = 0; b < schedule.active(t); ++b) {
       const int64_t row = schedule.offsets[t] + b;
-      if (task.restarts_row(row))
-        std::fill_n(out + row * task.P, task.P, T(0));
-      else
-        std::copy_n(b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride : h_0 + b * task.P,
-                    task.P, out + row * task.P);
+      rows[row] = task.restarts_row(row)          ? task.zeros
+                  : b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride
+                                                  : h_0 + b * task.P;
     }
   }
+  return rows;
 }
 
-// d_W_hh = sum over rows of d_gates^T h_{t-1}.
+// One right factor of weight gradients that share their left factor.
+template <class T>
+struct RightFactor {
+  std::vector<const T*> rows;  // N of `columns` values
+  int64_t columns;
+  T* out;  // [columns of left, columns]
+};
+
+// Gradients of the matrices that one left factor [N, columns] goes into: out = left^T right for each right factor, and
+// sums = left^T 1 (may be null). Every element is one chain over the N rows, whatever the threads.
 template <class T, class A>
-void recurrent_weight_gradient(const BackwardTask<T, A>& task, const T* y, int64_t y_stride, const T* h_0, T* d_w_hh) {
-  const Schedule& schedule = *task.schedule;
-  const int64_t N = schedule.rows(), B = schedule.active(0), columns = kGates * task.H;
-  const Matrix<T> out = dense(d_w_hh, columns, task.P);
-  const Matrix<const T> d_gates = dense<const T>(task.d_gates, N, columns);
-  if (N != schedule.steps() * B || task.restarts) {
-    const Buffer<T> previous(N * task.P);
-    gather_previous(task, y, y_stride, h_0, previous.data());
-    matmul<T>(out, d_gates.transposed(), dense<const T>(previous.data(), N, task.P));
-    return;
-  }
-  // Dense: h_{t-1} is y shifted by one step, and h_0 for the step that comes first.
-  const int64_t first_step = task.reverse ? N - B : 0, others = task.reverse ? 0 : B, before = task.reverse ? B : 0;
-  matmul<T>(out, d_gates.rows_from(first_step, B).transposed(), dense(h_0, B, task.P));
-  if (N > B)
-    matmul<T>(out, d_gates.rows_from(others, N - B).transposed(), {y + before * y_stride, N - B, task.P, y_stride},
-              true);
+void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t columns,
+                      const std::vector<RightFactor<T>>& rights, T* sums) {
+  if (rights.empty() && !sums) return;
+  const int64_t slices = ceil_div(N, kGradientDepth), deepest = terms<A>(std::min(N, kGradientDepth));
+  const int64_t units = ceil_div(columns, kGradientUnit), buffer_size = k.gradient_buffer_size(deepest);
+  int64_t panels = 0;  // of all right factors
+  for (const RightFactor<T>& right : rights) panels += column_panels(k, right.columns);
+  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * Lockstep::most_parts());
+
+  // Two phases per slice of rows: the right factors are packed, then multiplied.
+  Lockstep::run(2 * slices, [&](int64_t phase, int64_t part, int64_t parts) {
+    const int64_t first = phase / 2 * kGradientDepth, K = std::min(kGradientDepth, N - first);
+    const Range own_panels = share(panels, part, parts), own_units = share(units, part, parts);
+    std::vector<Gradient<T, A>> gradients;
+    int64_t panel = 0;
+    for (const RightFactor<T>& right : rights) {
+      A* const to = packed.data() + panel * 2 * k.lanes * terms<A>(K);
+      const int64_t count = column_panels(k, right.columns);
+      if (phase % 2 == 0)
+        k.pack_columns(right.rows.data() + first, K, right.columns, to,
+                       {std::clamp(own_panels.begin - panel, int64_t{0}, count),
+                        std::clamp(own_panels.end - panel, int64_t{0}, count)});
+      gradients.push_back({to, right.columns, right.out});
+      panel += count;
+    }
+    const Range own_columns = {own_units.begin * kGradientUnit, std::min(own_units.end * kGradientUnit, columns)};
+    if (phase % 2 == 1 && own_columns.begin < own_columns.end)
+      k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
+                      sums, first > 0);
+  });
 }
 
 }  // namespace
@@ -439,15 +517,17 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
   const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
+  const bool pack_input = plan.pack_input;
+  const int64_t widest_input = std::max(p.I, inner ? width : 0);
   const Buffer<A> packs(p.directions * (hh_size + hr_size));
+  const Buffer<A> pack_ih(pack_input ? packed_columns_size(k, columns, widest_input) : 0);
+  Factors<T, A> d_gates_factors(k);
   const int64_t width_gates = terms<A>(columns), width_projected = terms<A>(P);
   const int64_t two_steps = kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B;
   const Buffer<A> two_steps_d_gates(two_steps * width_gates);
   const Buffer<A> two_steps_d_projected(projected ? two_steps * width_projected : 0);
   const Buffer<T> d_outputs(inner ? 2 * N * width : 0);  // gradients of the lower layers' outputs, two in turn
   const Buffer<T> dropped(inner && stack.dropout_mask ? N * width : 0);
-  const Buffer<T> ones(N);
-  std::fill_n(ones.data(), N, T(1));
   const Buffer<T> zeros(stack.restarts[0] || stack.restarts[1] ? H : 0);
   std::fill_n(zeros.data(), zeros.data() ? H : 0, T(0));
 
@@ -468,10 +548,8 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       const Weights<const T>& w = stack.weights[index];
       A* const pack_hh = packs.data() + d * (hh_size + hr_size);
       A* const pack_hr = pack_hh + hh_size;
-      if (hh_size > 0)
-        pack_panels(column_panels(k, P), columns * P, [&](Range r) { k.pack_columns(w.w_hh, columns, P, pack_hh, r); });
-      if (hr_size > 0)
-        pack_panels(column_panels(k, H), P * H, [&](Range r) { k.pack_columns(w.w_hr, P, H, pack_hr, r); });
+      if (hh_size > 0) pack_rows(k, w.w_hh, columns, P, pack_hh);
+      if (hr_size > 0) pack_rows(k, w.w_hr, P, H, pack_hr);
 
       BackwardTask<T, A> task;
       task.schedule = stack.schedule;
@@ -483,8 +561,9 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       task.cells = stack.cells + index * N * H;
       task.zeros = zeros.data();
       task.c_0 = stack.c_0 + index * p.B * H;
-      task.packed_hh = pack_hh;
-      task.packed_hr = pack_hr;
+      task.w_hh = plan.family == Family::kUnpacked ? w.w_hh : nullptr;
+      task.packed_hh = hh_size > 0 ? pack_hh : nullptr;
+      task.packed_hr = hr_size > 0 ? pack_hr : nullptr;
       task.d_y = d_output ? d_output + d * P : nullptr;
       task.d_y_stride = width;
       task.d_h = stack.d_h + index * p.B * P;
@@ -518,17 +597,28 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
     for (int64_t d = 0; d < p.directions; ++d) {
       const int64_t index = layer * p.directions + d;
       const Weights<T>& d_w = stack.d_weights[index];
-      const Matrix<const T> task_gates = dense<const T>(tasks[d].d_gates, N, columns);
-      if (d_input) matmul<T>(dense(d_input, N, I), task_gates, dense(stack.weights[index].w_ih, columns, I), d > 0);
-      if (d_w.w_ih) matmul<T>(dense(d_w.w_ih, columns, I), task_gates.transposed(), dense(input, N, I));
-      if (d_w.w_hh) recurrent_weight_gradient(tasks[d], output + d * P, width, stack.h_0 + index * p.B * P, d_w.w_hh);
+      const BackwardTask<T, A>& task = tasks[d];
+      const T* const w_ih = stack.weights[index].w_ih;
+      if (d_input && pack_input) {
+        pack_rows(k, w_ih, columns, I, pack_ih.data());
+        const A* const factors = d_gates_factors.of(task.d_gates, N, columns);
+        multiply_bulk(k, factors, N, terms<A>(columns), pack_ih.data(), I, d_input, d > 0);
+      } else if (d_input) {
+        parallel(column_panels(k, I), kPackGrain / (2 * k.lanes * columns) + 1, [&](int64_t begin, int64_t end) {
+          const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, I)};
+          k.multiply_stored(task.d_gates, columns, N, w_ih, columns, I, range, d_input, I, d > 0);
+        });
+      }
       // The two biases are added, so their gradients are the same sum over all rows.
       T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
-      if (d_bias) matmul<T>(dense(d_bias, 1, columns), dense<const T>(ones.data(), 1, N), task_gates);
+      std::vector<RightFactor<T>> rights;
+      if (d_w.w_ih) rights.push_back({row_pointers(input, N, I), I, d_w.w_ih});
+      if (d_w.w_hh)
+        rights.push_back({previous_rows(task, output + d * P, width, stack.h_0 + index * p.B * P), P, d_w.w_hh});
+      weight_gradients(k, task.d_gates, N, columns, rights, d_bias);
       if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, columns, d_w.b_hh);
       if (d_w.w_hr)
-        matmul<T>(dense(d_w.w_hr, P, H), dense<const T>(tasks[d].d_projected, N, P).transposed(),
-                  dense<const T>(tasks[d].hidden, N, H));
+        weight_gradients<T, A>(k, task.d_projected, N, P, {{row_pointers<T>(task.hidden, N, H), H, d_w.w_hr}}, nullptr);
     }
     if (mask && d_input) multiply_elements<T>(d_input, mask, d_input, N * width);
     d_output = d_input;

@@ -1,9 +1,9 @@
 // SIMD vectors and the functions the cell needs, written once for every instruction set.
 //
-// Included by recurrent.inl inside the namespace of one instruction set, after kVectorBytes, kNativeBf16 and fma() have
-// been defined there. Vectors are the compiler's own (GCC and Clang vector extensions), so the operators + - * / and
-// comparisons work on them and any target the compiler knows (SSE2, AVX2, AVX-512, NEON, ...) is served by the same
-// text.
+// Included by recurrent.inl inside the namespace of one instruction set, after kVectorBytes, kNativeBf16, fma(),
+// larger() and smaller() have been defined there. Vectors are the compiler's own (GCC and Clang vector extensions), so
+// the operators + - * / and comparisons work on them and any target the compiler knows (SSE2, AVX2, AVX-512, NEON, ...)
+// is served by the same text.
 
 template <class T>
 struct VecTraits;
@@ -14,12 +14,14 @@ struct VecTraits<float> {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissaBits = 23;
   static constexpr int kExponentBias = 127;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  // 1.5 * 2^23 + bias: adding it to n leaves the biased exponent of 2^n in the low mantissa bits.
+  static constexpr float kRound = 12582912.0f + kExponentBias;
   static constexpr float kLn2High = 0.693359375f;  // ln 2 in two parts; n * kLn2High is exact for |n| < 2^15
   static constexpr float kLn2Low = -2.12194440054690583e-4f;
   static constexpr float kExpMin = -87.0f;  // e^x and 1 / e^x are normal numbers between these
   static constexpr float kExpMax = 87.0f;
-  static constexpr int kTaylorDegree = 7;  // (ln 2 / 2)^8 / 8! = 5e-9, a tenth of an ulp
+  // e^r - 1 = r + r^2 (c_0 + c_1 r + ...), minimax for |r| <= ln 2 / 2: relative error of e^r 3.6e-9, 1/16 ulp.
+  static constexpr float kExpm1[] = {0.5f, 0.16666534543f, 0.041667237878f, 0.0083675095811f, 0.0013863757486f};
 };
 
 template <>
@@ -28,12 +30,15 @@ struct VecTraits<double> {
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissaBits = 52;
   static constexpr int kExponentBias = 1023;
-  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kRound = 6755399441055744.0 + kExponentBias;  // 1.5 * 2^52 + bias
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kExpMin = -708.0;
   static constexpr double kExpMax = 708.0;
-  static constexpr int kTaylorDegree = 13;  // (ln 2 / 2)^14 / 14! = 4e-18
+  // The Taylor series to the power of 13: (ln 2 / 2)^14 / 14! = 4e-18.
+  static constexpr double kExpm1[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                                      1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                      1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
 template <class T>
@@ -124,6 +129,37 @@ inline void sum_lanes(const Vec<T> (&v)[N], T* out) {
   }
 }
 
+// Rows a and b of a square after the exchange of its blocks of `kBlock` columns: kFirst: what becomes of a, else of b.
+template <int kBlock, bool kFirst, class Row, int... c>
+inline Row exchange_blocks(Row a, Row b, std::integer_sequence<int, c...>) {
+  constexpr int W = sizeof...(c);
+  constexpr auto lane = [](int column) {  // of the 2 W lanes of a and b
+    const bool from_b = (column & kBlock) != 0;
+    return (from_b ? W : 0) + (kFirst == from_b ? column ^ kBlock : column);
+  };
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane(c)...);
+#else
+  return __builtin_shuffle(a, b, Row{lane(c)...});
+#endif
+}
+
+// Transposes a square, by exchanging blocks of 1, 2, 4, ... rows and columns.
+template <int kBlock = 1, class Row, int W>
+inline __attribute__((always_inline)) void transpose(Row (&rows)[W]) {
+  if constexpr (kBlock < W) {
+    constexpr std::make_integer_sequence<int, W> columns;
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) {
+      if (r & kBlock) continue;
+      const Row a = rows[r], b = rows[r + kBlock];
+      rows[r] = exchange_blocks<kBlock, true>(a, b, columns);
+      rows[r + kBlock] = exchange_blocks<kBlock, false>(a, b, columns);
+    }
+    transpose<2 * kBlock>(rows);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- operands of products
 
 // float32 to bfloat16, to nearest with ties to even; NaN stays NaN.
@@ -146,6 +182,10 @@ inline V multiply_pairs(V sum, Pairs a, Pairs b) {
   }
 }
 
+// Values of a row in one term of a product.
+template <class A>
+constexpr int64_t kValuesPerTerm = std::is_same_v<A, Bf16Pair> ? 2 : 1;
+
 // How a register tile reads and multiplies operands A: a row's element broadcast, a vector of a panel.
 template <class T, class A>
 struct Operand;
@@ -158,6 +198,13 @@ struct Operand<T, T> {
   static inline Vec<T> multiply_add(Vector a, Vector b, Vec<T> sum) { return fma(a, b, sum); }
 
   static inline T make(const T* values, int64_t stride, int64_t k, int64_t) { return values[k * stride]; }
+  // Terms k ... k + lanes - 1 of a row, as bits.
+  static inline typename VecTraits<T>::Int load_terms(const T* row, int64_t k) {
+    return (typename VecTraits<T>::Int)load(row + k);
+  }
+  static inline void copy_term(const T* const* rows, int64_t first, int64_t n, int64_t k, int64_t, T* out) {
+    __builtin_memcpy(out, rows[k] + first, static_cast<size_t>(n) * sizeof(T));
+  }
   static inline void store_values(T* row, int64_t first, Vec<T> x, int64_t n) { store_first(row + first, x, n); }
 };
 
@@ -181,6 +228,19 @@ struct Operand<float, Bf16Pair> {
     const float second = 2 * k + 1 < K ? values[(2 * k + 1) * stride] : 0.0f;
     return {round_to_bf16(values[2 * k * stride]), round_to_bf16(second)};
   }
+  static inline Vector load_terms(const float* row, int64_t k) {
+    Bf16Pair pairs[kLanes<float>];
+    for (int half = 0; half < 2; ++half)
+      store_values(pairs, half * kLanes<float>, load(row + 2 * k + half * kLanes<float>), kLanes<float>);
+    return load_from(pairs);
+  }
+  // Term k of K rows, for n columns.
+  static inline void copy_term(const float* const* rows, int64_t first, int64_t n, int64_t k, int64_t K,
+                               Bf16Pair* out) {
+    const float* const even = rows[2 * k] + first;
+    const float* const odd = 2 * k + 1 < K ? rows[2 * k + 1] + first : nullptr;
+    for (int64_t c = 0; c < n; ++c) out[c] = {round_to_bf16(even[c]), odd ? round_to_bf16(odd[c]) : uint16_t(0)};
+  }
   // Values first ... first + n - 1 of a row.
   static inline void store_values(Bf16Pair* row, int64_t first, Vec<float> x, int64_t n) {
     typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
@@ -194,55 +254,49 @@ struct Operand<float, Bf16Pair> {
 
 // ---------------------------------------------------------------------------------------------- functions
 
-template <class T>
-constexpr T inverse_factorial(int k) {
-  T product = 1;
-  for (int j = 2; j <= k; ++j) product *= static_cast<T>(j);
-  return 1 / product;
-}
-
-// exp(x) = scale * (1 + p), |p| < 0.42, for kExpMin <= x <= kExpMax: x = n ln 2 + r, scale = 2^n, p = e^r - 1 by its
-// Taylor series. Keeping p apart lets tanh form expm1 without cancellation. NaN passes through p.
+// exp(x) = scale * (1 + p), |p| < 0.42, for kExpMin <= x <= kExpMax: x = n ln 2 + r, scale = 2^n, p = e^r - 1 by a
+// polynomial. Keeping p apart lets tanh form expm1 without cancellation. NaN passes through p.
 template <class T>
 inline void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
   using Traits = VecTraits<T>;
   using Int = typename Traits::Int;
+  constexpr int kTerms = sizeof(Traits::kExpm1) / sizeof(T);
   const Vec<T> shifted = fma(x, broadcast<T>(static_cast<T>(1.4426950408889634074)), broadcast<T>(Traits::kRound));
   const Vec<T> n = shifted - Traits::kRound;
   Vec<T> r = fma(n, broadcast<T>(-Traits::kLn2High), x);
   r = fma(n, broadcast<T>(-Traits::kLn2Low), r);
-  p = broadcast<T>(inverse_factorial<T>(Traits::kTaylorDegree));
+  p = broadcast<T>(Traits::kExpm1[kTerms - 1]);
 #pragma GCC unroll 16
-  for (int k = Traits::kTaylorDegree - 1; k >= 1; --k) p = fma(p, r, broadcast<T>(inverse_factorial<T>(k)));
-  p = p * r;
-  const Int exponent = ((Int)shifted + Traits::kExponentBias) << Traits::kMantissaBits;
-  scale = (Vec<T>)exponent;
+  for (int k = kTerms - 2; k >= 0; --k) p = fma(p, r, broadcast<T>(Traits::kExpm1[k]));
+  p = fma(p * r, r, r);
+  scale = (Vec<T>)((Int)shifted << Traits::kMantissaBits);
 }
 
-// Comparisons are written so that NaN takes the branch that keeps it.
+// x within the limits of exp_parts; NaN stays.
 template <class T>
 inline Vec<T> clamp_exponent(Vec<T> x) {
-  const Vec<T> low = broadcast<T>(VecTraits<T>::kExpMin), high = broadcast<T>(VecTraits<T>::kExpMax);
-  x = x < low ? low : x;
-  return x > high ? high : x;
+  return smaller(broadcast<T>(VecTraits<T>::kExpMax), larger(broadcast<T>(VecTraits<T>::kExpMin), x));
 }
 
 template <class T>
 struct VecMath {
-  static inline Vec<T> sigmoid(Vec<T> x) {
+  // Between e^kExpMin and e^kExpMax.
+  static inline Vec<T> exp(Vec<T> x) {
     Vec<T> scale, p;
-    exp_parts<T>(clamp_exponent<T>(-x), scale, p);
-    return 1 / (1 + fma(scale, p, scale));
+    exp_parts<T>(clamp_exponent<T>(x), scale, p);
+    return fma(scale, p, scale);
   }
 
-  // tanh |x| = -e / (e + 2) with e = expm1(-2 |x|): no overflow, full relative accuracy near zero.
+  static inline Vec<T> sigmoid(Vec<T> x) {
+    const Vec<T> e = exp(x);
+    return e / (1 + e);
+  }
+
+  // e / (e + 2) with e = expm1(2 x): full relative accuracy near zero.
   static inline Vec<T> tanh(Vec<T> x) {
-    using Int = typename VecTraits<T>::Int;
-    const Int sign = (Int)broadcast<T>(static_cast<T>(-0.0));
-    const Vec<T> magnitude = (Vec<T>)((Int)x & ~sign);
     Vec<T> scale, p;
-    exp_parts<T>(clamp_exponent<T>(-2 * magnitude), scale, p);
+    exp_parts<T>(clamp_exponent<T>(x + x), scale, p);
     const Vec<T> e = fma(scale, p, scale - 1);
-    return (Vec<T>)((Int)(-e / (e + 2)) | ((Int)x & sign));
+    return e / (e + 2);
   }
 };
