@@ -12,13 +12,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH_STAMP := $(VENV)/$(subst =,_,$(TORCH)).installed
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test sanitize lint format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastlstm demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The operators' tests with kernels built for the address and undefined-behaviour sanitizers. GCC's runtime library has
+# to come before all others; Python itself is not free of leaks.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/installed
+	FASTLSTM_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	$(BIN)/pytest -q tests/test_ops.py tests/test_lengths_and_resets.py tests/test_functions.py -k "not opcheck"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

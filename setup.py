@@ -1,7 +1,8 @@
 """Builds the extension module fastlstm._C against libtorch's stable ABI.
 
 One build serves every torch from 2.11 on. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; this
-version has CPU kernels only, so 1 is an error.
+version has CPU kernels only, so 1 is an error. FASTLSTM_SANITIZE=1 builds with the address and undefined-behaviour
+sanitizers; `make sanitize` runs the operators' tests with such a build.
 """
 
 import os
@@ -31,6 +32,9 @@ def main() -> None:
         sys.exit(f"FASTLSTM_CUDA must be 0 or 1, got {cuda!r}")
     if cuda == "1":
         sys.exit("FASTLSTM_CUDA=1, but this version of fastlstm has no CUDA kernels")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+    if os.environ.get("FASTLSTM_SANITIZE", "0") != "1":
+        sanitize = []
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
     extension = CppExtension(
@@ -50,9 +54,10 @@ def main() -> None:
             "-Wno-unused-parameter",  # torch's headers
             f"-DTORCH_TARGET_VERSION={target}",
             f'-DFASTLSTM_TORCH_BUILT="{torch.__version__}"',
+            *sanitize,
         ],
         # No libtorch_python, whose ABI changes with every torch.
-        extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+        extra_link_args=[*sanitize, *(["-Wl,--as-needed"] if sys.platform == "linux" else [])],
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
 
