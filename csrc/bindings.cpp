@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/roofline.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -99,6 +100,20 @@ void apply(const std::string& function, const std::string& isa_text, const py::b
     throw std::invalid_argument("values must be float32 or float64, got format '" + info.format + "'");
 }
 
+std::vector<py::dict> time_kernels(int threads, double seconds_each) {
+  std::vector<py::dict> timings;
+  for (const cpu::KernelTiming& timing : cpu::time_kernels(cpu::selected_isa(), threads, seconds_each)) {
+    py::dict d;
+    d["kernel"] = timing.kernel;
+    d["sizes"] = timing.sizes;
+    d["multiply_adds"] = timing.multiply_adds;
+    d["bytes"] = timing.bytes;
+    d["seconds"] = timing.seconds;
+    timings.push_back(d);
+  }
+  return timings;
+}
+
 std::tuple<Name, Name, Name, std::optional<bool>, Name> get_forced() {
   const cpu::Forced forced = cpu::forced();
   Name plan, isa, split, products;
@@ -121,6 +136,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("products"));
   m.def("get_forced", &get_forced);
   m.def("apply", &apply, py::arg("function"), py::arg("isa"), py::arg("values"));
+  m.def("time_kernels", &time_kernels, py::arg("threads"), py::arg("seconds_each"));
   m.def("plans", [] { return names(families(), family_name); });
   m.def("isas_compiled", [] { return names(cpu::compiled_isas(), cpu::isa_name); });
   m.def("isas_available", [] { return names(cpu::available_isas(), cpu::isa_name); });

@@ -153,6 +153,10 @@ struct Kernels {
 
   // values[0 ... n-1] = function(values)
   void (*apply)(Function function, T* values, int64_t n);
+  // The two roofs of the roofline. Multiply-adds on registers alone, n rounds of them: returns how many they were. The
+  // sum of n values, read as fast as possible.
+  int64_t (*multiply_add)(int64_t n, T* sink);
+  T (*sum)(const T* values, int64_t n);
 
   // out [rows, terms(K)] = rounded rows [rows, K]; null in full precision.
   void (*round_rows)(const T* from, int64_t rows, int64_t K, A* out);

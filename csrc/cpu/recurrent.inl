@@ -774,10 +774,40 @@ void apply(Function function, T* values, int64_t n) {
   }
 }
 
+template <class T>
+int64_t multiply_add(int64_t n, T* sink) {
+  constexpr int kChains = 12;  // two pipes, four to six cycles each
+  const Vec<T> factor = broadcast<T>(*sink);
+  Vec<T> sums[kChains];
+#pragma GCC unroll 16
+  for (int c = 0; c < kChains; ++c) sums[c] = factor + static_cast<T>(c);  // no two are the same
+  for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) sums[c] = fma(sums[c], factor, factor);
+  Vec<T> total = {};
+  for (const Vec<T>& sum : sums) total = total + sum;
+  *sink = sum_lanes<T>(total);
+  return n * kChains * kLanes<T>;
+}
+
+template <class T>
+T sum(const T* values, int64_t n) {
+  constexpr int W = kLanes<T>, kChains = 8;
+  Vec<T> sums[kChains] = {};
+  for (int64_t i = 0; i + kChains * W <= n; i += kChains * W)
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c) sums[c] = sums[c] + load(values + i + c * W);
+  Vec<T> total = {};
+  for (const Vec<T>& chain : sums) total = total + chain;
+  return sum_lanes<T>(total);
+}
+
 template <class T, class A>
 constexpr Kernels<T, A> kKernels = {
     kLanes<T>,
     apply<T>,
+    multiply_add<T>,
+    sum<T>,
     kFullPrecision<T, A> ? nullptr : round_rows<T, A>,
     pack_gates<T, A>,
     pack_columns<T, A>,
