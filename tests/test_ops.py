@@ -1,7 +1,7 @@
 """The registered operators, below the modules: every plan and instruction set forced, against the fp64 reference.
 
-Sizes lie around the widths of vectors and tiles (4, 8, 16 lanes; 6 rows; chunks of 96 rows; slices of 256 terms),
-because that is where indexing goes wrong.
+Sizes lie around the widths of vectors and tiles (4, 8, 16 lanes; 6 rows; chunks of 36 rows; slices of 256 terms and of
+1024 rows), because that is where indexing goes wrong.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ CASES = [
     Case(T=7, B=6, I=5, H=10, L=2, D=2, lengths=(3, 0, 7, 1, 7, 2), dropout=True),
     Case(T=8, B=5, I=5, H=33, D=2, lengths=(2, 0, 0, 6, 5), resets=0.4),  # no sequence reaches the end
     Case(T=6, B=3, I=5, H=12, P=7, lengths=(1, 6, 4), resets=0.3),
+    Case(T=100, B=32, I=16, H=24),  # sums over 3200 rows: rounding errors grow along a chain of so many terms
 ]
 FORCED = [(plan, isa) for plan in fastlstm.plans() for isa in fastlstm.available_isas()]
 

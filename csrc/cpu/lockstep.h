@@ -27,7 +27,8 @@ class Lockstep {
   // The largest number of parts that a phase is divided in.
   static int most_parts() { return std::min(thread_count(), core_count()); }
 
-  // f(phase, part, parts) for phases 0, 1, ... in order, every part of a phase on another thread.
+  // f(phase, part, parts) for phases 0, 1, ... in order, every part of a phase on another thread. It must not throw:
+  // the others would wait for ever.
   template <class F>
   static void run(int64_t phases, const F& f) {
     const int threads = most_parts();

@@ -3,9 +3,9 @@
 // sums), fma(), larger() and smaller() (of two; the second operand where one is NaN), and kNativeBf16 with
 // native_multiply_pairs() where it has an instruction for that.
 //
-// Order of summation: each output element is one chain over k in increasing order (packed) or `lanes` interleaved
-// chains over k added in a fixed order (unpacked), whatever the tile it falls in: the result of a row depends neither
-// on the other rows nor on how the work is split.
+// Order of summation: each output element is the sum of one chain for every kDepth terms, in increasing order (packed),
+// or of `lanes` interleaved chains over k (unpacked), whatever the tile it falls in: the result of a row depends
+// neither on the other rows nor on how the work is split. The chains are short because rounding errors grow along them.
 
 #include "vec.h"
 
@@ -155,7 +155,7 @@ void tile(const A* a, int64_t a_stride, const A* panels, int64_t panel_stride, i
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = accumulate ? load(out + r * kRowStride + v * W) : Vec<T>{};
+    for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = Vec<T>{};
   // The smaller operand of the outer product stays in registers, the other passes through one.
   for (int64_t k = 0; k < depth; ++k) {
     // The first of several row tiles brings the next slice of the panel from afar; the others find it there.
@@ -189,7 +189,10 @@ void tile(const A* a, int64_t a_stride, const A* panels, int64_t panel_stride, i
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * kPanels; ++v) store(out + r * kRowStride + v * W, sum[r][v]);
+    for (int v = 0; v < 2 * kPanels; ++v) {
+      T* const to = out + r * kRowStride + v * W;
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <class T, class A>
@@ -301,7 +304,7 @@ void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, in
 // ---------------------------------------------------------------------------------------------- products in place
 
 // out[r][c] (+)= sum_k a[r][k] * w[k][c] for kRows rows and the given columns: few rows against a matrix that is not
-// packed, read in the order in which it lies in memory. The sums are multiply_rows' own: one chain over k.
+// packed, read in the order in which it lies in memory. The sums are one chain over k.
 template <class T, int kRows>
 void multiply_stored_rows(const T* a, int64_t a_stride, const T* w, int64_t K, int64_t w_columns, Range columns, T* out,
                           int64_t out_stride, bool accumulate) {
@@ -387,11 +390,11 @@ void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns,
     const int64_t first = columns.begin + chunks.begin(i), count = chunks.length(i);
     const EvenSplit tiles(count, kTileRows);
     const auto packed_tile = [&](int64_t tile) { return buffer + tiles.begin(tile) * depth + tile * kTileGap; };
-    if (sums && !accumulate) std::fill_n(sums + first, count, T(0));
+    T column_sums[kChunkRows] = {};
     for (int64_t k = 0; k < depth; ++k) {
       for (int64_t row = k * kValuesPerTerm<A>; row < std::min(K, (k + 1) * kValuesPerTerm<A>); ++row) {
         prefetch_row(left + std::min(row + kRowsAhead, K - 1) * left_stride + first, count);
-        if (sums) add_row(left + row * left_stride + first, count, sums + first);
+        if (sums) add_row(left + row * left_stride + first, count, column_sums);
       }
       for (int64_t tile = 0; tile < tiles.pieces; ++tile) {
         const int64_t n = tiles.length(tile);
@@ -406,6 +409,10 @@ void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns,
         }
       }
     }
+    if (sums && accumulate)
+      add_row(column_sums, count, sums + first);
+    else if (sums)
+      std::copy_n(column_sums, count, sums + first);
     for (const Gradient<T, A>& gradient : gradients) {
       const Groups groups = {{0, ceil_div(gradient.columns, W2)}, kGroupPanels, i % 2 == 1};
       for (int64_t g = 0; g < groups.count(); ++g) {

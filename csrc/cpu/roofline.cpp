@@ -99,7 +99,7 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
                    T* const sink = data.make(1);
                    return [&k, sink] { k.multiply_add(kRounds, sink); };
                  }});
-  for (const int64_t kilobytes : {16, 256, 1024, 4096, 16384, 65536}) {
+  for (const int64_t kilobytes : {16, 256, 1024, 4096, 8192, 65536}) {
     const int64_t n = kilobytes * 1024 / static_cast<int64_t>(sizeof(T)),
                   repeats = std::max<int64_t>(1, 4096 / kilobytes);
     all.push_back({"read", std::to_string(kilobytes) + " KB", 0, static_cast<double>(n * repeats) * sizeof(T),

@@ -469,7 +469,7 @@ struct RightFactor {
 };
 
 // Gradients of the matrices that one left factor [N, columns] goes into: out = left^T right for each right factor, and
-// sums = left^T 1 (may be null). Every element is one chain over the N rows, whatever the threads.
+// sums = left^T 1 (may be null). Every element is summed in the same order, whatever the threads.
 template <class T, class A>
 void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t columns,
                       const std::vector<RightFactor<T>>& rights, T* sums) {
@@ -479,27 +479,34 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
   int64_t panels = 0;  // of all right factors
   for (const RightFactor<T>& right : rights) panels += column_panels(k, right.columns);
   const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * Lockstep::most_parts());
+  std::vector<Gradient<T, A>> gradients;
+  for (A* to = packed.data(); const RightFactor<T>& right : rights) {
+    gradients.push_back({to, right.columns, right.out});
+    to += column_panels(k, right.columns) * 2 * k.lanes * deepest;
+  }
 
   // Two phases per slice of rows: the right factors are packed, then multiplied.
   Lockstep::run(2 * slices, [&](int64_t phase, int64_t part, int64_t parts) {
     const int64_t first = phase / 2 * kGradientDepth, K = std::min(kGradientDepth, N - first);
-    const Range own_panels = share(panels, part, parts), own_units = share(units, part, parts);
-    std::vector<Gradient<T, A>> gradients;
-    int64_t panel = 0;
-    for (const RightFactor<T>& right : rights) {
-      A* const to = packed.data() + panel * 2 * k.lanes * terms<A>(K);
-      const int64_t count = column_panels(k, right.columns);
-      if (phase % 2 == 0)
-        k.pack_columns(right.rows.data() + first, K, right.columns, to,
-                       {std::clamp(own_panels.begin - panel, int64_t{0}, count),
-                        std::clamp(own_panels.end - panel, int64_t{0}, count)});
-      gradients.push_back({to, right.columns, right.out});
-      panel += count;
+    if (phase % 2 == 0) {
+      const Range own = share(panels, part, parts);
+      A* to = packed.data();
+      int64_t before = 0;  // panels of the factors before this one
+      for (const RightFactor<T>& right : rights) {
+        const int64_t count = column_panels(k, right.columns);
+        const Range range = {std::clamp(own.begin - before, int64_t{0}, count),
+                             std::clamp(own.end - before, int64_t{0}, count)};
+        k.pack_columns(right.rows.data() + first, K, right.columns, to, range);
+        to += count * 2 * k.lanes * deepest;
+        before += count;
+      }
+    } else {
+      const Range own = share(units, part, parts);
+      const Range own_columns = {own.begin * kGradientUnit, std::min(own.end * kGradientUnit, columns)};
+      if (own_columns.begin < own_columns.end)
+        k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
+                        sums, first > 0);
     }
-    const Range own_columns = {own_units.begin * kGradientUnit, std::min(own_units.end * kGradientUnit, columns)};
-    if (phase % 2 == 1 && own_columns.begin < own_columns.end)
-      k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
-                      sums, first > 0);
   });
 }
 
