@@ -1,5 +1,5 @@
-// The Python-facing core of the extension module `_C`: planner, instruction sets, build information. Tensors never pass
-// through here; they travel through the registered operators.
+// The Python-facing core of the extension module `_C`: planner, instruction sets, build information, and the kernels
+// one by one for tests and the roofline. Tensors never pass through here; they travel through the registered operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -28,7 +28,9 @@ constexpr double kStoredBytes = 15;        // ... which are read in pieces of ro
 constexpr double kStoredRows = 4;          // as in cpu/recurrent.inl: rows that one reading of them serves
 constexpr double kExposedL2 = 0.05;        // part of the smaller of (multiply, read) that the larger does not hide:
 constexpr double kExposedL3 = 0.20;        // reading from L2, and from L3
-constexpr double kChunkRows = 36;          // as in cpu/recurrent.inl, which reads the weights anew for each chunk
+constexpr double kChunkRows = 36;          // as in cpu/recurrent.inl: rows that a pass over the weights serves ...
+constexpr double kFarBytes = 8 << 20;      // ... and of weights
+constexpr double kFarRows = 288;           // ... of more bytes
 constexpr double kPackPerElement = 0.8;    // transposing
 constexpr double kCopyPerElement = 0.5;    // packing a matrix that is already k-major
 constexpr double kCellPerVector = 55;      // one vector of units of one row: five exponentials and as many divisions
@@ -92,7 +94,7 @@ double step_cycles(const Candidate& c, const Share& share, double K, const Probl
   const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
   const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
   const double bytes = share.units * 4 * K * factor_bytes(c.products, p);
-  const double passes = std::ceil(share.rows / cost::kChunkRows);
+  const double passes = std::ceil(share.rows / (bytes > cost::kFarBytes ? cost::kFarRows : cost::kChunkRows));
   const double read = passes * read_cycles(bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;
@@ -167,7 +169,7 @@ std::vector<Candidate> candidates(const Problem& p, bool backward) {
   all.push_back({Family::kStepwise, Split::kRows, !backward, kFull});
   for (const Split split : {Split::kRows, Split::kUnits}) {
     all.push_back({Family::kPacked, split, false, kFull});
-    // Both products of a bfloat16 step go through its tiles: the library's would leave a rounded sum of the first.
+    // Both products of a bfloat16 step go through its tiles: there is no variant with a bulk product of the input.
     if (p.bf16_allowed && p.compute_bytes == 4) all.push_back({Family::kPacked, split, false, kBf16});
     if (!backward) all.push_back({Family::kPacked, split, true, kFull});
     // Products with weights as they are stored have no projection of their own.

@@ -16,13 +16,14 @@ namespace fastlstm {
 enum class Family {
   kStepwise,  // one library GEMM per time step, then the cell; accepts every legal problem
   kPacked,    // register tiles over weights packed for them, the cell fused behind each tile
-  kUnpacked,  // products with the weights as they are stored: no packing, each weight is read once per step
+  kUnpacked,  // products with the recurrent weights as they are stored, each read once per step and few rows
 };
 
 // What threads divide among themselves.
 enum class Split {
   kRows,   // batch rows and directions: each thread runs all steps of its rows, no synchronisation
-  kUnits,  // hidden units: each thread keeps its slice of the weights in its cache, one fork-join per step
+  kUnits,  // hidden units: each thread keeps its slice of the weights in its cache, the threads meet after every phase
+           // of a step
 };
 
 // What the factors of the recurrent products are rounded to; sums are float32 or float64 always.
@@ -55,7 +56,7 @@ struct Constraints {
 struct PassPlan {
   Family family = Family::kStepwise;
   Split split = Split::kRows;
-  bool bulk_input = false;  // forward only: x W_ih^T is one library GEMM over all steps, not part of each step's tile
+  bool bulk_input = false;  // forward only: x W_ih^T is one product over all steps, not part of each step's tile
   Products products = Products::kFull;
   bool pack_input = false;  // backward only: W_ih is packed for d_x, rather than read as it is stored
   double cycles = 0;        // estimate that won

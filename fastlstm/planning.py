@@ -150,8 +150,7 @@ def force(
     """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
 
     Args:
-        plan: a family of :func:`plans`, or None for the planner's choice. ``"unpacked"`` has no backward of its
-            own: the planner chooses that.
+        plan: a family of :func:`plans`, or None for the planner's choice.
         isa: an instruction set of :func:`available_isas`, or None for the best.
         split: what threads divide in both passes, ``"rows"`` or ``"units"`` (see :class:`Plan`), or None.
         bulk_input: whether the input product is one GEMM over all steps, or None.

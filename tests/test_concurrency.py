@@ -86,7 +86,7 @@ def test_the_mode_for_denormal_numbers_is_the_callers() -> None:
     module = FastLSTM(24, 70)
     gradients(module, torch.randn(8, 3, 24))
     denormal = torch.full((1_000_000,), 1e-40)
-    assert ((denormal * 1) == denormal).all()
+    assert ((denormal * 1e30) > 0).all()  # equality would hold where both sides count as zero
 
 
 def test_python_threads_at_once() -> None:

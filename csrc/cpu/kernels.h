@@ -106,7 +106,7 @@ struct BackwardTask {
   const T* gates;      // [N, 4H], activations
   const T* cells;      // [N, H]
   const T* c_0;        // [B, H]
-  const T* zeros;      // [H], c_{t-1} of a restart; null without restarts
+  const T* zeros;      // [H], h_{t-1} and c_{t-1} of a restart; null without restarts
   const T* w_hh;       // [4H, P] as stored, in the unpacked family; null in others
   const A* packed_hh;  // column panels of W_hh, K = 4H, P columns, in the packed family; null in others
   const A* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
@@ -153,8 +153,8 @@ struct Kernels {
 
   // values[0 ... n-1] = function(values)
   void (*apply)(Function function, T* values, int64_t n);
-  // The two roofs of the roofline. Multiply-adds on registers alone, n rounds of them: returns how many they were. The
-  // sum of n values, read as fast as possible.
+  // The two roofs of the roofline. Multiply-adds on registers alone, n rounds of them with the factor sink[0] and the
+  // result in sink[1]: returns how many they were. The sum of n values, a multiple of 8 vectors.
   int64_t (*multiply_add)(int64_t n, T* sink);
   T (*sum)(const T* values, int64_t n);
 

@@ -10,7 +10,7 @@
 
 namespace fastlstm::cpu {
 
-// Cores that this process may use.
+// Cores of the machine, as far as the system tells. More threads than that would only wait for each other.
 inline int core_count() {
   static const int count = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   return count;
@@ -24,14 +24,13 @@ inline int core_count() {
 // running threads: waiting for them ends, however many share a core.
 class Lockstep {
  public:
-  // The largest number of parts that a phase is divided in.
-  static int most_parts() { return std::min(thread_count(), core_count()); }
+  // The threads that are worth having.
+  static int most_threads() { return std::min(thread_count(), core_count()); }
 
-  // f(phase, part, parts) for phases 0, 1, ... in order, every part of a phase on another thread. It must not throw:
-  // the others would wait for ever.
+  // f(phase, part, parts) for phases 0, 1, ... in order, every part of a phase on another of at most `threads` threads.
+  // It must not throw: the others would wait for ever.
   template <class F>
-  static void run(int64_t phases, const F& f) {
-    const int threads = most_parts();
+  static void run(int threads, int64_t phases, const F& f) {
     Lockstep team(threads);
     parallel(threads, 1, [&](int64_t begin, int64_t end) {
       if (begin > 0)

@@ -4,17 +4,21 @@
 // native_multiply_pairs() where it has an instruction for that.
 //
 // Order of summation: each output element is the sum of one chain for every kDepth terms, in increasing order (packed),
-// or of `lanes` interleaved chains over k (unpacked), whatever the tile it falls in: the result of a row depends
-// neither on the other rows nor on how the work is split. The chains are short because rounding errors grow along them.
+// or of `lanes` interleaved chains over k (dot products), whatever the tile it falls in: the result of a row depends
+// neither on the other rows nor on how the work is split. The chains are short because rounding errors grow along them;
+// only products with k-major weights in place, which are for few rows, are one chain each.
 
 #include "vec.h"
 
-constexpr int kTileRows = 6;         // batch rows of the largest register tile
-constexpr int kPrefetchingRows = 4;  // batch rows of the smallest tile that has load slots to spare
-constexpr int kGroupPanels = 4;      // panels computed before the epilogue runs: two unit blocks
-constexpr int64_t kChunkRows = 36;   // rows whose products wait in the scratch buffer (9 KB with AVX2)
-constexpr int64_t kRowsAhead = 8;    // rows between the one that is packed and the one that is prefetched
-constexpr int64_t kDepth = 256;      // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
+constexpr int kTileRows = 6;                  // batch rows of the largest register tile
+constexpr int kPrefetchingRows = 4;           // batch rows of the smallest tile that has load slots to spare
+constexpr int kGroupPanels = 4;               // panels computed before the epilogue runs: two unit blocks
+constexpr int64_t kChunkRows = 36;            // rows whose products wait in the scratch buffer (9 KB with AVX2)
+constexpr int64_t kFarBytes = 8 << 20;        // weights of more bytes come from memory at each pass over them ...
+constexpr int64_t kFarRows = 8 * kChunkRows;  // ... which therefore serves more rows
+constexpr int64_t kRowsAhead = 8;             // rows between the one that is packed and the one that is prefetched
+constexpr int64_t kStoredRows = 4;            // rows that meet weights in place together
+constexpr int64_t kDepth = 256;               // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
 
 // Panels that a tile of this many rows processes at once: as many accumulators as registers allow, to hide FMA latency.
 constexpr int tile_panels(int rows) {
@@ -54,6 +58,12 @@ struct Groups {
     return {begin, std::min(begin + size, range.end)};
   }
 };
+
+// Rows that one pass over the weights of this many terms and columns serves.
+template <class A>
+int64_t rows_per_pass(int64_t depth, int64_t columns) {
+  return depth * columns * static_cast<int64_t>(sizeof(A)) > kFarBytes ? kFarRows : kChunkRows;
+}
 
 // ---------------------------------------------------------------------------------------------- packing
 
@@ -285,18 +295,21 @@ void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, in
   constexpr int W2 = 2 * kLanes<T>;
   if (rows.begin >= rows.end) return;
   Scratch<T> scratch;
-  const EvenSplit chunks(rows.end - rows.begin, kChunkRows);
-  for (int64_t i = 0; i < chunks.pieces; ++i) {
-    const int64_t first = rows.begin + chunks.begin(i), count = chunks.length(i);
+  const EvenSplit passes(rows.end - rows.begin, rows_per_pass<A>(depth, (panels.end - panels.begin) * W2));
+  for (int64_t i = 0; i < passes.pieces; ++i) {
+    const EvenSplit chunks(passes.length(i), kChunkRows);
     const Groups groups = {panels, kGroupPanels, backwards != (i % 2 == 1)};
     for (int64_t g = 0; g < groups.count(); ++g) {
       const Range group = groups.at(g);
       const int64_t n = std::min(group.end * W2, columns) - group.begin * W2;
-      T* const to = out + first * out_stride + group.begin * W2;
-      if (accumulate) load_scratch(scratch, count, n, to, out_stride);
-      multiply_panels(a + first * a_stride, a_stride, count, packed + group.begin * depth * W2, depth,
-                      group.end - group.begin, accumulate, scratch);
-      store_scratch(scratch, count, n, to, out_stride);
+      for (int64_t c = 0; c < chunks.pieces; ++c) {
+        const int64_t first = rows.begin + passes.begin(i) + chunks.begin(c), count = chunks.length(c);
+        T* const to = out + first * out_stride + group.begin * W2;
+        if (accumulate) load_scratch(scratch, count, n, to, out_stride);
+        multiply_panels(a + first * a_stride, a_stride, count, packed + group.begin * depth * W2, depth,
+                        group.end - group.begin, accumulate, scratch);
+        store_scratch(scratch, count, n, to, out_stride);
+      }
     }
   }
 }
@@ -344,7 +357,7 @@ template <class T>
 void multiply_stored(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, int64_t w_columns,
                      Range columns, T* out, int64_t out_stride, bool accumulate) {
   if (rows <= 0) return;
-  const EvenSplit groups(rows, 4);
+  const EvenSplit groups(rows, kStoredRows);
   for (int64_t i = 0; i < groups.pieces; ++i) {
     const int64_t r = groups.begin(i);
     const auto run = [&](auto function) {
@@ -614,25 +627,30 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
   constexpr int64_t kGroupBlocks = kGroupPanels / 2;
   Scratch<T> scratch;
   const int64_t offset = task.schedule->offsets[t], depth_x = terms<A>(task.I), depth_h = terms<A>(task.P);
-  const EvenSplit chunks(rows.end - rows.begin, kChunkRows);
-  for (int64_t i = 0; i < chunks.pieces; ++i) {
-    const int64_t first = rows.begin + chunks.begin(i), count = chunks.length(i);
-    const A* chunk_h = h + chunks.begin(i) * h_stride;
-    const A* x = task.gates_x ? nullptr : task.x + (offset + first) * depth_x;
+  const int64_t depth = depth_h + (task.gates_x ? 0 : depth_x), columns = (blocks.end - blocks.begin) * kGates * W;
+  const EvenSplit passes(rows.end - rows.begin, rows_per_pass<A>(depth, columns));
+  for (int64_t i = 0; i < passes.pieces; ++i) {
+    const EvenSplit chunks(passes.length(i), kChunkRows);
     const Groups groups = {blocks, kGroupBlocks, (t + i) % 2 == 1};
     for (int64_t g = 0; g < groups.count(); ++g) {
       const Range units = groups.at(g);
-      if (product == GateProduct::kPacked) {
-        const int64_t panels = 2 * (units.end - units.begin), columns = units.begin * 4 * W;
-        if (x) multiply_panels(x, depth_x, count, task.packed_ih + columns * depth_x, depth_x, panels, false, scratch);
-        multiply_panels(chunk_h, h_stride, count, task.packed_hh + columns * depth_h, depth_h, panels, x != nullptr,
-                        scratch);
+      for (int64_t c = 0; c < chunks.pieces; ++c) {
+        const int64_t in_segment = passes.begin(i) + chunks.begin(c), count = chunks.length(c);
+        const int64_t first = rows.begin + in_segment;
+        const A* const chunk_h = h + in_segment * h_stride;
+        const A* const x = task.gates_x ? nullptr : task.x + (offset + first) * depth_x;
+        if (product == GateProduct::kPacked) {
+          const int64_t panels = 2 * (units.end - units.begin), column = units.begin * kGates * W;
+          if (x) multiply_panels(x, depth_x, count, task.packed_ih + column * depth_x, depth_x, panels, false, scratch);
+          multiply_panels(chunk_h, h_stride, count, task.packed_hh + column * depth_h, depth_h, panels, x != nullptr,
+                          scratch);
+        }
+        if constexpr (kFullPrecision<T, A>)
+          if (product == GateProduct::kUnpacked)
+            for (int64_t block = units.begin; block < units.end; ++block)
+              dot_rows(task, chunk_h, h_stride, x, count, block, scratch, (block - units.begin) * kGates * W);
+        cells_of_blocks(task, t, first, count, units, product != GateProduct::kDone, scratch);
       }
-      if constexpr (kFullPrecision<T, A>)
-        if (product == GateProduct::kUnpacked)
-          for (int64_t block = units.begin; block < units.end; ++block)
-            dot_rows(task, chunk_h, h_stride, x, count, block, scratch, (block - units.begin) * kGates * W);
-      cells_of_blocks(task, t, first, count, units, product != GateProduct::kDone, scratch);
     }
   }
 }
@@ -793,7 +811,7 @@ int64_t multiply_add(int64_t n, T* sink) {
     for (int c = 0; c < kChains; ++c) sums[c] = fma(sums[c], factor, factor);
   Vec<T> total = {};
   for (const Vec<T>& sum : sums) total = total + sum;
-  *sink = sum_lanes<T>(total);
+  sink[1] = sum_lanes<T>(total);
   return n * kChains * kLanes<T>;
 }
 

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "../cell.h"
-#include "lockstep.h"
+#include "runtime.h"
 
 namespace fastlstm::cpu {
 
@@ -92,11 +92,11 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
   constexpr int64_t kRounds = 1 << 16;
   int64_t per_round = 0;
   {
-    T sink = 0.5f;
-    per_round = k.multiply_add(1, &sink);
+    T sink[2] = {0.5f, 0.0f};
+    per_round = k.multiply_add(1, sink);
   }
   all.push_back({"multiply_add", "registers", static_cast<double>(kRounds * per_round), 0, [&k](Data& data) {
-                   T* const sink = data.make(1);
+                   T* const sink = data.make(2);
                    return [&k, sink] { k.multiply_add(kRounds, sink); };
                  }});
   for (const int64_t kilobytes : {16, 256, 1024, 4096, 8192, 65536}) {
@@ -198,6 +198,8 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
 }  // namespace
 
 std::vector<KernelTiming> time_kernels(Isa isa, int threads, double seconds_each) {
+  FASTLSTM_CHECK(threads >= 1 && threads <= thread_count(), "threads must be in [1, torch's number of threads] = [1, ",
+                 thread_count(), "], got ", threads);
   std::vector<KernelTiming> timings;
   for (const Case& c : cases(kernels<T, T>(isa))) {
     std::vector<double> seconds(threads, 0.0);

@@ -193,7 +193,7 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   // Threads own hidden units, and each product needs the whole of h_{t-1}: they meet after every phase of a step.
   const int64_t restart_phases = first.restarts || tasks.back().restarts ? 1 : 0;
   const int64_t phases = restart_phases + 1 + (first.hidden ? 1 : 0);
-  Lockstep::run(schedule.steps() * phases, [&](int64_t i, int64_t part, int64_t parts) {
+  Lockstep::run(Lockstep::most_threads(), schedule.steps() * phases, [&](int64_t i, int64_t part, int64_t parts) {
     const int64_t s = i / phases, phase = i % phases - restart_phases;
     if (phase < 0)
       share_directions(directions, all_rows.end, part, parts,
@@ -324,7 +324,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.w_hh = w.w_hh;
       task.packed_ih = pack_ih;
       task.packed_hh = pack_hh;
-      task.packed_hr = pack_hr;
+      task.packed_hr = hr_size > 0 ? pack_hr : nullptr;
       task.bias = direction_bias;
       task.h_0 = h_0 + index * p.B * width_h;
       task.restarted_h = restarts ? restarted_h.data() + d * p.B * width_h : nullptr;
@@ -395,24 +395,26 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
     });
   };
   const int64_t phases = first.d_hidden ? 3 : 1;
-  Lockstep::run(steps * phases + (needs_d_h_0 ? 1 : 0), [&](int64_t i, int64_t part, int64_t parts) {
-    const int64_t s = i / phases, phase = i % phases + (first.d_hidden ? 0 : 2);
-    if (s == steps || phase == 0) {
-      if (s > 0) recurrent(s - 1, part, parts);
-    } else if (phase == 1) {
-      share_directions(directions, all_rows.end, part, parts,
-                       [&](int64_t d, Range rows) { k.backward_output(tasks[d], backward_step(tasks[d], s), rows); });
-    } else {
-      share_directions(directions, panels_c, part, parts, [&](int64_t d, Range panels) {
-        const int64_t t = backward_step(tasks[d], s);
-        if (first.d_hidden)
-          k.backward_project(tasks[d], t, all_rows, panels);
-        else if (s > 0)
-          k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels);
-        k.backward_cells(tasks[d], t, all_rows, panels);
-      });
-    }
-  });
+  Lockstep::run(Lockstep::most_threads(), steps * phases + (needs_d_h_0 ? 1 : 0),
+                [&](int64_t i, int64_t part, int64_t parts) {
+                  const int64_t s = i / phases, phase = i % phases + (first.d_hidden ? 0 : 2);
+                  if (s == steps || phase == 0) {
+                    if (s > 0) recurrent(s - 1, part, parts);
+                  } else if (phase == 1) {
+                    share_directions(directions, all_rows.end, part, parts, [&](int64_t d, Range rows) {
+                      k.backward_output(tasks[d], backward_step(tasks[d], s), rows);
+                    });
+                  } else {
+                    share_directions(directions, panels_c, part, parts, [&](int64_t d, Range panels) {
+                      const int64_t t = backward_step(tasks[d], s);
+                      if (first.d_hidden)
+                        k.backward_project(tasks[d], t, all_rows, panels);
+                      else if (s > 0)
+                        k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels);
+                      k.backward_cells(tasks[d], t, all_rows, panels);
+                    });
+                  }
+                });
 }
 
 template <class T>
@@ -478,7 +480,9 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
   const int64_t units = ceil_div(columns, kGradientUnit), buffer_size = k.gradient_buffer_size(deepest);
   int64_t panels = 0;  // of all right factors
   for (const RightFactor<T>& right : rights) panels += column_panels(k, right.columns);
-  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * Lockstep::most_parts());
+  const int64_t multiply_adds = std::min(N, kGradientDepth) * columns * panels * 2 * k.lanes;
+  const int threads = multiply_adds < kMultiplyGrain ? 1 : Lockstep::most_threads();
+  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * threads);
   std::vector<Gradient<T, A>> gradients;
   for (A* to = packed.data(); const RightFactor<T>& right : rights) {
     gradients.push_back({to, right.columns, right.out});
@@ -486,7 +490,7 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
   }
 
   // Two phases per slice of rows: the right factors are packed, then multiplied.
-  Lockstep::run(2 * slices, [&](int64_t phase, int64_t part, int64_t parts) {
+  Lockstep::run(threads, 2 * slices, [&](int64_t phase, int64_t part, int64_t parts) {
     const int64_t first = phase / 2 * kGradientDepth, K = std::min(kGradientDepth, N - first);
     if (phase % 2 == 0) {
       const Range own = share(panels, part, parts);
@@ -558,7 +562,7 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       if (hh_size > 0) pack_rows(k, w.w_hh, columns, P, pack_hh);
       if (hr_size > 0) pack_rows(k, w.w_hr, P, H, pack_hr);
 
-      BackwardTask<T, A> task;
+      BackwardTask<T, A> task = {};
       task.schedule = stack.schedule;
       task.restarts = stack.restarts[d];
       task.reverse = d == 1;
@@ -585,7 +589,8 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       } else {
         const int64_t first_row = d * 2 * p.B;
         task.d_gates_terms = {two_steps_d_gates.data() + first_row * width_gates, width_gates, p.B};
-        task.d_projected_terms = {two_steps_d_projected.data() + first_row * width_projected, width_projected, p.B};
+        if (projected)
+          task.d_projected_terms = {two_steps_d_projected.data() + first_row * width_projected, width_projected, p.B};
       }
       tasks.push_back(task);
       if constexpr (kFullPrecision<T, A>)
@@ -611,6 +616,7 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
         const A* const factors = d_gates_factors.of(task.d_gates, N, columns);
         multiply_bulk(k, factors, N, terms<A>(columns), pack_ih.data(), I, d_input, d > 0);
       } else if (d_input) {
+        // Reading the weights is what takes the time, so they are what is counted.
         parallel(column_panels(k, I), kPackGrain / (2 * k.lanes * columns) + 1, [&](int64_t begin, int64_t end) {
           const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, I)};
           k.multiply_stored(task.d_gates, columns, N, w_ih, columns, I, range, d_input, I, d > 0);
