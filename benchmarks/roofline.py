@@ -3,14 +3,15 @@
     python benchmarks/roofline.py --json FILE
 
 The roofs are multiply-adds on registers alone and reading from each level of the memory hierarchy, by all threads at
-once. A kernel's bound is the larger of its multiply-adds at the first roof and its compulsory bytes at the roof of
-the level that they fit in; the last column says how much of that bound it reaches. Kernels without products are
+once. A kernel's bound is the larger of its multiply-adds at the first roof and its compulsory bytes at the rate of
+the footprint nearest to them; the last column says how much of that bound it reaches. Kernels without products are
 judged by bytes alone: cells also compute five exponentials per unit, which no roof accounts for.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def roofline(threads: int, seconds_each: float) -> dict[str, Any]:
     peak = next(t["multiply_adds"] / t["seconds"] for t in timings if t["kernel"] == "multiply_add")
     rows = []
     for t in timings:
-        # The smallest level that holds the bytes; larger sets come from memory.
-        bandwidth = next((rate for size, rate in levels if t["bytes"] <= size), levels[-1][1])
+        _, bandwidth = min(levels, key=lambda level: abs(math.log(level[0] / max(t["bytes"], 1))))
         bound = max(t["multiply_adds"] / peak, t["bytes"] / bandwidth)
         row = {"kernel": t["kernel"], "sizes": t["sizes"], "seconds": t["seconds"]}
         row["gflops"] = 2 * t["multiply_adds"] / t["seconds"] / 1e9
