@@ -127,7 +127,8 @@ std::tuple<Name, Name, Name, std::optional<bool>, Name> get_forced() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled core of fastlstm: operators (registered on import), planner, build information.";
+  m.doc() =
+      "Compiled core of fastlstm: operators (registered on import), planner, build information, kernels one by one.";
   m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
         py::arg("bf16_allowed"), py::arg("threads"), py::arg("vector_bytes") = py::none(), py::arg("bf16") = py::none(),

@@ -5,6 +5,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cpu/blocking.h"
+
 namespace fastlstm {
 
 namespace {
@@ -25,12 +27,8 @@ constexpr double kL2Bytes = 26;            // bytes per cycle and core from L2 .
 constexpr double kL3Bytes = 20;            // ... and from L3
 constexpr double kStoredRate = 0.50;       // products with k-major weights in place ...
 constexpr double kStoredBytes = 15;        // ... which are read in pieces of rows
-constexpr double kStoredRows = 4;          // as in cpu/recurrent.inl: rows that one reading of them serves
 constexpr double kExposedL2 = 0.05;        // part of the smaller of (multiply, read) that the larger does not hide:
 constexpr double kExposedL3 = 0.20;        // reading from L2, and from L3
-constexpr double kChunkRows = 36;          // as in cpu/recurrent.inl: rows that a pass over the weights serves ...
-constexpr double kFarBytes = 8 << 20;      // ... and of weights
-constexpr double kFarRows = 288;           // ... of more bytes
 constexpr double kPackPerElement = 0.8;    // transposing
 constexpr double kCopyPerElement = 0.5;    // packing a matrix that is already k-major
 constexpr double kCellPerVector = 55;      // one vector of units of one row: five exponentials and as many divisions
@@ -94,7 +92,7 @@ double step_cycles(const Candidate& c, const Share& share, double K, const Probl
   const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
   const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
   const double bytes = share.units * 4 * K * factor_bytes(c.products, p);
-  const double passes = std::ceil(share.rows / (bytes > cost::kFarBytes ? cost::kFarRows : cost::kChunkRows));
+  const double passes = std::ceil(share.rows / static_cast<double>(cpu::rows_per_pass(static_cast<int64_t>(bytes))));
   const double read = passes * read_cycles(bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;
@@ -154,7 +152,8 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
   if (c.family == Family::kPacked)
     return total + s.steps * step_cycles(c, share, s.P, p, m) +
            directions * 4 * s.H * s.P * cost::kCopyPerElement / m.threads + cost::kForkJoin;
-  const double outputs = share.rows * share.units * 4, readings = std::ceil(share.rows / cost::kStoredRows);
+  const double outputs = share.rows * share.units * 4,
+               readings = std::ceil(share.rows / static_cast<double>(cpu::kStoredRows));
   const double bytes = share.units * 4 * s.P * static_cast<double>(p.compute_bytes);
   return total +
          s.steps * (std::max(outputs * s.P / (peak(p, m) * cost::kStoredRate), readings * bytes / cost::kStoredBytes) +

@@ -22,6 +22,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "blocking.h"
+
 namespace fastlstm::cpu {
 
 // Two values of bfloat16 (the upper halves of float32), adjacent along k.

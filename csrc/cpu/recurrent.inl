@@ -10,15 +10,11 @@
 
 #include "vec.h"
 
-constexpr int kTileRows = 6;                  // batch rows of the largest register tile
-constexpr int kPrefetchingRows = 4;           // batch rows of the smallest tile that has load slots to spare
-constexpr int kGroupPanels = 4;               // panels computed before the epilogue runs: two unit blocks
-constexpr int64_t kChunkRows = 36;            // rows whose products wait in the scratch buffer (9 KB with AVX2)
-constexpr int64_t kFarBytes = 8 << 20;        // weights of more bytes come from memory at each pass over them ...
-constexpr int64_t kFarRows = 8 * kChunkRows;  // ... which therefore serves more rows
-constexpr int64_t kRowsAhead = 8;             // rows between the one that is packed and the one that is prefetched
-constexpr int64_t kStoredRows = 4;            // rows that meet weights in place together
-constexpr int64_t kDepth = 256;               // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
+constexpr int kTileRows = 6;         // batch rows of the largest register tile
+constexpr int kPrefetchingRows = 4;  // batch rows of the smallest tile that has load slots to spare
+constexpr int kGroupPanels = 4;      // panels computed before the epilogue runs: two unit blocks
+constexpr int64_t kRowsAhead = 8;    // rows between the one that is packed and the one that is prefetched
+constexpr int64_t kDepth = 256;      // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
 
 // Panels that a tile of this many rows processes at once: as many accumulators as registers allow, to hide FMA latency.
 constexpr int tile_panels(int rows) {
@@ -27,7 +23,7 @@ constexpr int tile_panels(int rows) {
   return 1;
 }
 
-// Products of one group of panels for a chunk of rows: [row][panel][2][lanes].
+// Products of one group of panels for a chunk of rows: [row][panel][2][lanes], 9 KB with AVX2.
 template <class T>
 struct Scratch {
   static constexpr int kRowStride = kGroupPanels * 2 * kLanes<T>;
@@ -58,12 +54,6 @@ struct Groups {
     return {begin, std::min(begin + size, range.end)};
   }
 };
-
-// Rows that one pass over the weights of this many terms and columns serves.
-template <class A>
-int64_t rows_per_pass(int64_t depth, int64_t columns) {
-  return depth * columns * static_cast<int64_t>(sizeof(A)) > kFarBytes ? kFarRows : kChunkRows;
-}
 
 // ---------------------------------------------------------------------------------------------- packing
 
@@ -268,47 +258,50 @@ inline void add_row(const T* from, int64_t n, T* to) {
   if (i < n) store_first(to + i, load_first(to + i, n - i) + load_first(from + i, n - i), n - i);
 }
 
-// n values from one row to another, in vectors.
+// n columns of `count` rows, in vectors.
 template <class T>
-inline void copy_row(const T* from, int64_t n, T* to) {
+void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count, int64_t n) {
   constexpr int W = kLanes<T>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
-  if (i < n) store_first(to + i, load_first(from + i, n - i), n - i);
+  for (int64_t r = 0; r < count; ++r, from += from_stride, to += to_stride) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    if (i < n) store_first(to + i, load_first(from + i, n - i), n - i);
+  }
 }
 
-// Columns of `count` rows of the scratch buffer, from and to a matrix: n columns of it, `stride` apart from row to row.
-template <class T>
-void load_scratch(Scratch<T>& scratch, int64_t count, int64_t n, const T* from, int64_t stride) {
-  for (int64_t r = 0; r < count; ++r) copy_row(from + r * stride, n, scratch.row(r));
-}
-template <class T>
-void store_scratch(Scratch<T>& scratch, int64_t count, int64_t n, T* to, int64_t stride) {
-  for (int64_t r = 0; r < count; ++r) copy_row(scratch.row(r), n, to + r * stride);
+// Columns of a group of panels of `count` rows of `out` (+)= what `multiply` leaves in, or adds to, the scratch buffer.
+// Columns beyond `columns` are padding and not written.
+template <class T, class Multiply>
+void update_columns(T* out, int64_t out_stride, int64_t columns, int64_t count, Range group, bool accumulate,
+                    Scratch<T>& scratch, const Multiply& multiply) {
+  constexpr int W2 = 2 * kLanes<T>;
+  const int64_t n = std::min(group.end * W2, columns) - group.begin * W2;
+  T* const to = out + group.begin * W2;
+  if (accumulate) copy_rows(to, out_stride, scratch.values, scratch.kRowStride, count, n);
+  multiply();
+  copy_rows(scratch.values, scratch.kRowStride, to, out_stride, count, n);
 }
 
-// out[rows] (+)= a[rows] * panels; columns beyond `columns` are padding and not written. `backwards`: panels from the
-// last to the first.
+// out[rows] (+)= a[rows] * panels. `backwards`: panels from the last to the first.
 template <class T, class A>
 void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, int64_t depth, int64_t columns,
                    Range panels, T* out, int64_t out_stride, bool accumulate, bool backwards) {
   constexpr int W2 = 2 * kLanes<T>;
   if (rows.begin >= rows.end) return;
   Scratch<T> scratch;
-  const EvenSplit passes(rows.end - rows.begin, rows_per_pass<A>(depth, (panels.end - panels.begin) * W2));
+  const EvenSplit passes(rows.end - rows.begin,
+                         rows_per_pass(depth * (panels.end - panels.begin) * W2 * static_cast<int64_t>(sizeof(A))));
   for (int64_t i = 0; i < passes.pieces; ++i) {
     const EvenSplit chunks(passes.length(i), kChunkRows);
     const Groups groups = {panels, kGroupPanels, backwards != (i % 2 == 1)};
     for (int64_t g = 0; g < groups.count(); ++g) {
       const Range group = groups.at(g);
-      const int64_t n = std::min(group.end * W2, columns) - group.begin * W2;
       for (int64_t c = 0; c < chunks.pieces; ++c) {
         const int64_t first = rows.begin + passes.begin(i) + chunks.begin(c), count = chunks.length(c);
-        T* const to = out + first * out_stride + group.begin * W2;
-        if (accumulate) load_scratch(scratch, count, n, to, out_stride);
-        multiply_panels(a + first * a_stride, a_stride, count, packed + group.begin * depth * W2, depth,
-                        group.end - group.begin, accumulate, scratch);
-        store_scratch(scratch, count, n, to, out_stride);
+        update_columns(out + first * out_stride, out_stride, columns, count, group, accumulate, scratch, [&] {
+          multiply_panels(a + first * a_stride, a_stride, count, packed + group.begin * depth * W2, depth,
+                          group.end - group.begin, accumulate, scratch);
+        });
       }
     }
   }
@@ -430,12 +423,11 @@ void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns,
       const Groups groups = {{0, ceil_div(gradient.columns, W2)}, kGroupPanels, i % 2 == 1};
       for (int64_t g = 0; g < groups.count(); ++g) {
         const Range group = groups.at(g);
-        const int64_t n = std::min(group.end * W2, gradient.columns) - group.begin * W2;
-        T* const out = gradient.out + first * gradient.columns + group.begin * W2;
-        if (accumulate) load_scratch(scratch, count, n, out, gradient.columns);
-        multiply_tiles<T, A, true>(tiles, packed_tile, 0, gradient.packed + group.begin * depth * W2, depth,
-                                   group.end - group.begin, accumulate, scratch);
-        store_scratch(scratch, count, n, out, gradient.columns);
+        T* const out = gradient.out + first * gradient.columns;
+        update_columns(out, gradient.columns, gradient.columns, count, group, accumulate, scratch, [&] {
+          multiply_tiles<T, A, true>(tiles, packed_tile, 0, gradient.packed + group.begin * depth * W2, depth,
+                                     group.end - group.begin, accumulate, scratch);
+        });
       }
     }
   }
@@ -628,7 +620,7 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
   Scratch<T> scratch;
   const int64_t offset = task.schedule->offsets[t], depth_x = terms<A>(task.I), depth_h = terms<A>(task.P);
   const int64_t depth = depth_h + (task.gates_x ? 0 : depth_x), columns = (blocks.end - blocks.begin) * kGates * W;
-  const EvenSplit passes(rows.end - rows.begin, rows_per_pass<A>(depth, columns));
+  const EvenSplit passes(rows.end - rows.begin, rows_per_pass(depth * columns * static_cast<int64_t>(sizeof(A))));
   for (int64_t i = 0; i < passes.pieces; ++i) {
     const EvenSplit chunks(passes.length(i), kChunkRows);
     const Groups groups = {blocks, kGroupBlocks, (t + i) % 2 == 1};

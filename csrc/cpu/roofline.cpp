@@ -90,11 +90,8 @@ struct Layer {
 std::vector<Case> cases(const Kernels<T, T>& k) {
   std::vector<Case> all;
   constexpr int64_t kRounds = 1 << 16;
-  int64_t per_round = 0;
-  {
-    T sink[2] = {0.5f, 0.0f};
-    per_round = k.multiply_add(1, sink);
-  }
+  T once[2] = {0.5f, 0.0f};
+  const int64_t per_round = k.multiply_add(1, once);
   all.push_back({"multiply_add", "registers", static_cast<double>(kRounds * per_round), 0, [&k](Data& data) {
                    T* const sink = data.make(2);
                    return [&k, sink] { k.multiply_add(kRounds, sink); };
@@ -120,16 +117,16 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
   for (const auto& [B, H] : {std::pair<int64_t, int64_t>{16, 128}, {4, 64}, {8, 256}, {16, 512}, {1, 512}}) {
     const auto rows = static_cast<double>(B), units = static_cast<double>(H);
     const std::string sizes = "B " + std::to_string(B) + ", H " + std::to_string(H);
-    const auto step = [&k, B = B, H = H](GateProduct product, bool save) {
-      return [&k, B, H, product, save](Data& data) {
-        const auto layer = std::make_shared<Layer>(k, data, B, H, save);
+    const auto step = [&k, B = B, H = H](GateProduct product) {
+      return [&k, B, H, product](Data& data) {
+        const auto layer = std::make_shared<Layer>(k, data, B, H, false);
         return
             [&k, layer, B, H, product] { k.forward_cells(layer->forward, product, 0, {0, B}, {0, unit_blocks(k, H)}); };
       };
     };
     const double products = 8 * rows * units * units, weights = 8 * units * units;
-    add("forward step, packed", sizes, products, weights + 4 * rows * units, step(GateProduct::kPacked, false));
-    add("forward step, unpacked", sizes, products, weights + 4 * rows * units, step(GateProduct::kUnpacked, false));
+    add("forward step, packed", sizes, products, weights + 4 * rows * units, step(GateProduct::kPacked));
+    add("forward step, unpacked", sizes, products, weights + 4 * rows * units, step(GateProduct::kUnpacked));
     add("forward cell, training", sizes, 0, 14 * rows * units, [&k, B = B, H = H](Data& data) {
       const auto layer = std::make_shared<Layer>(k, data, B, H, true);
       layer->forward.gates_x = layer->backward.gates;
@@ -144,28 +141,22 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
   // Bulk products of T = 100 steps, as a thread of two has them: half of the rows, or half of the gate columns.
   for (const auto& [N, H] : {std::pair<int64_t, int64_t>{3200, 128}, {800, 256}, {3200, 512}, {1, 256}}) {
     const int64_t columns = kGates * H, rows = std::max<int64_t>(N / 2, 1);
-    const auto outputs = static_cast<double>(rows * H), weights = static_cast<double>(columns * H);
+    const auto weights = static_cast<double>(columns * H);
     if (N > 1) {
-      add("x W_ih^T", sizes_text(rows, H, columns), static_cast<double>(rows) * weights,
-          weights + outputs + static_cast<double>(rows * columns), [&k, H = H, columns, rows](Data& data) {
-            const T* const x = data.make(rows * H);
-            const T* const packed = data.make(packed_columns_size(k, H, columns));
-            T* const out = data.make(rows * columns);
-            return [&k, H, columns, rows, x, packed, out] {
-              k.multiply_rows(x, H, {0, rows}, packed, H, columns, {0, column_panels(k, columns)}, out, columns, false,
-                              false);
-            };
-          });
-      add("d_gates W", sizes_text(rows, columns, H), static_cast<double>(rows) * weights,
-          weights + outputs + static_cast<double>(rows * columns), [&k, H = H, columns, rows](Data& data) {
-            const T* const d_gates = data.make(rows * columns);
-            const T* const packed = data.make(packed_columns_size(k, columns, H));
-            T* const out = data.make(rows * H);
-            return [&k, H, columns, rows, d_gates, packed, out] {
-              k.multiply_rows(d_gates, columns, {0, rows}, packed, columns, H, {0, column_panels(k, H)}, out, H, false,
-                              false);
-            };
-          });
+      const auto bulk = [&](const char* kernel, int64_t K, int64_t width) {
+        add(kernel, sizes_text(rows, K, width), static_cast<double>(rows) * weights,
+            weights + static_cast<double>(rows * (K + width)), [&k, rows, K, width](Data& data) {
+              const T* const a = data.make(rows * K);
+              const T* const packed = data.make(packed_columns_size(k, K, width));
+              T* const out = data.make(rows * width);
+              return [=, &k] {
+                const Range panels = {0, column_panels(k, width)};
+                k.multiply_rows(a, K, {0, rows}, packed, K, width, panels, out, width, false, false);
+              };
+            });
+      };
+      bulk("x W_ih^T", H, columns);
+      bulk("d_gates W", columns, H);
     } else {
       add("d_gates W, stored", sizes_text(1, columns, H), weights, weights, [&k, H = H, columns](Data& data) {
         const T* const d_gates = data.make(columns);
