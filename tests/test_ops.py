@@ -216,6 +216,14 @@ def test_splits_among_threads(case: Case, split: str, threads: int) -> None:
                 check(case)
 
 
+@pytest.mark.parametrize("isa", fastlstm.available_isas())
+def test_weights_beyond_the_caches(isa: str) -> None:
+    """Weights of more than 8 MB: several chunks of rows share one pass over them, and 300 rows take two passes."""
+    for bulk_input, B in ((False, 40), (True, 40), (True, 300)):
+        with fastlstm.force("packed", isa, split="rows", bulk_input=bulk_input):
+            check(Case(T=1, B=B, I=3001, H=180))
+
+
 @contextlib.contextmanager
 def bf16_products(isa: str | None = None, split: str | None = None) -> Iterator[None]:
     with permit_bf16_products(), fastlstm.force("packed", isa, split=split, products="bf16"):
@@ -461,6 +469,27 @@ def test_denormal_inputs_states_and_weights() -> None:
         with fastlstm.force(plan, isa):
             outputs = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
         torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", fastlstm.available_isas())
+def test_sums_over_many_rows_are_cut_into_short_chains(isa: str) -> None:
+    """Equal rows make the roundings of a sum add up instead of cancelling: the error grows with the chain's length.
+
+    A chain of n terms is off by at most n units of roundoff. Products are cut after 256 rows, sums of biases' gradients
+    after 1024.
+    """
+    rows, unit_of_roundoff = 4096, 2.0**-24
+    x, h_0, c_0 = (torch.full((1, rows, 8), value) for value in (0.3, 0.7, 0.9))
+    weights = [w.requires_grad_() for w in (torch.zeros(32, 8), torch.zeros(32, 8), torch.full((32,), 0.6))]
+    weights.append(weights[2].detach().clone().requires_grad_())
+    with fastlstm.force(isa=isa):
+        y, _, _ = _ops.lstm(x, weights, h_0, c_0, None, None, None, None, 1, False, True)
+        gradients = torch.autograd.grad(y.sum(), weights)
+        y, _, _ = _ops.lstm(x[:, :1], weights, h_0[:, :1], c_0[:, :1], None, None, None, None, 1, False, True)
+        of_one_row = torch.autograd.grad(y.sum(), weights)
+    for gradient, one, chain in zip(gradients, of_one_row, (256, 256, 1024, 1024), strict=True):
+        exact = one.double() * rows
+        assert ((gradient - exact).abs() <= (chain + 8) * unit_of_roundoff * exact.abs()).all()
 
 
 def test_saturated_gates() -> None:

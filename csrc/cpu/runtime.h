@@ -28,7 +28,7 @@ constexpr int64_t kElementwiseGrain = 16384;  // elements below which a thread i
 inline int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 // While it exists, this thread's denormal numbers count as zero, which they are to any gate: arithmetic on them takes
-// a hundred times as long on x86-64. (Elsewhere nothing is done.) The caller's mode comes back afterwards.
+// many times as long on x86-64. (Elsewhere nothing is done.) The caller's mode comes back afterwards.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)

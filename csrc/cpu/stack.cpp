@@ -191,7 +191,8 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
     return;
   }
   // Threads own hidden units, and each product needs the whole of h_{t-1}: they meet after every phase of a step.
-  const int64_t restart_phases = first.restarts || tasks.back().restarts ? 1 : 0;
+  // A cut that restarts the reverse direction restarts the other one, too.
+  const int64_t restart_phases = first.restarts ? 1 : 0;
   const int64_t phases = restart_phases + 1 + (first.hidden ? 1 : 0);
   Lockstep::run(Lockstep::most_threads(), schedule.steps() * phases, [&](int64_t i, int64_t part, int64_t parts) {
     const int64_t s = i / phases, phase = i % phases - restart_phases;
