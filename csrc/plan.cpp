@@ -86,13 +86,16 @@ Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) 
   return {std::ceil(s.rows / parts) * turns, s.H};
 }
 
-// Cycles of the products and the cell of one step on one core, K terms in each product.
-double step_cycles(const Candidate& c, const Share& share, double K, const Problem& p, const Machine& m) {
+// Cycles of the products and the cell of one step on one core, K terms in each product. pass_rows(bytes): how many rows
+// meet weights of so many bytes together.
+template <class PassRows>
+double step_cycles(const Candidate& c, const Share& share, double K, const PassRows& pass_rows, const Problem& p,
+                   const Machine& m) {
   const bool narrow = share.rows < 4, dots = c.family == Family::kUnpacked;
   const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
   const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
   const double bytes = share.units * 4 * K * factor_bytes(c.products, p);
-  const double passes = std::ceil(share.rows / static_cast<double>(cpu::rows_per_pass(static_cast<int64_t>(bytes))));
+  const double passes = std::ceil(share.rows / static_cast<double>(pass_rows(static_cast<int64_t>(bytes))));
   const double read = passes * read_cycles(bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;
@@ -137,7 +140,7 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
-  double total = s.steps * step_cycles(c, share, K, p, m) + (c.bulk_input ? bulk : 0);
+  double total = s.steps * step_cycles(c, share, K, cpu::rows_per_pass, p, m) + (c.bulk_input ? bulk : 0);
   total += synchronisation_cycles(c, s, p.P > 0 ? 2 : 1, p, m);
   if (c.family == Family::kPacked)
     total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
@@ -150,7 +153,9 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
   const auto directions = static_cast<double>(p.directions);
   double total = synchronisation_cycles(c, s, p.P > 0 ? 3 : 1, p, m);
   if (c.family == Family::kPacked)
-    return total + s.steps * step_cycles(c, share, s.P, p, m) +
+    return total +
+           s.steps * step_cycles(
+                         c, share, s.P, [](int64_t) { return cpu::kBlockRows; }, p, m) +
            directions * 4 * s.H * s.P * cost::kCopyPerElement / m.threads + cost::kForkJoin;
   const double outputs = share.rows * share.units * 4,
                readings = std::ceil(share.rows / static_cast<double>(cpu::kStoredRows));

@@ -169,30 +169,33 @@ struct Kernels {
   void (*pack_transposed)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);         // w [columns, K]
   void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);  // either may be null
 
+  // Rows are packed, too, before they are multiplied. Elements of the buffer for that, which is one for each thread:
+  // for any product with packed weights, and for forward_cells with at most so many rows where that is more.
+  int64_t block_buffer;
+  int64_t (*forward_workspace)(int64_t rows, int64_t I, int64_t P);
+
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
-  void (*forward_cells)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks);
+  void (*forward_cells)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
+                        A* workspace);
   // Step t, forward: y = hidden W_hr^T, after all unit blocks of these rows are done.
-  void (*forward_project)(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels);
+  void (*forward_project)(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
 
   // d_h = d_gates[t] W_hh for the rows active at step t (the step that consumed these h).
-  void (*backward_recurrent)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
+  void (*backward_recurrent)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
   // d_projected[t] = d_h + d_y[t]
   void (*backward_output)(const BackwardTask<T, A>& task, int64_t t, Range rows);
   // d_hidden = d_projected[t] W_hr
-  void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
+  void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
   // d_gates[t] and d_c from d_h + d_y[t] (d_hidden with projection). Panels are columns of H.
   void (*backward_cells)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
 
   // Bulk products over the rows of all steps.
-  // out[rows] (+)= a[rows] * packed matrix, for the columns of the given panels; they are taken from the last to the
-  // first where `backwards`.
+  // out[rows] (+)= a[rows] * packed matrix, for the columns of the given panels.
   void (*multiply_rows)(const A* a, int64_t a_stride, Range rows, const A* packed, int64_t depth, int64_t columns,
-                        Range panels, T* out, int64_t out_stride, bool accumulate, bool backwards);
+                        Range panels, T* out, int64_t out_stride, bool accumulate, A* buffer);
   // The same for few rows and w [K, w_columns] as stored.
   void (*multiply_stored)(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, int64_t w_columns,
                           Range columns, T* out, int64_t out_stride, bool accumulate);
-  // Elements of the buffer that add_gradients needs for so many terms.
-  int64_t (*gradient_buffer_size)(int64_t depth);
   // Rows `columns` of the gradients (+)= sum of left[k]^T right[k] over K rows of [., left_stride], and of `sums` (may
   // be null) the sum of left[k].
   void (*add_gradients)(const T* left, int64_t left_stride, int64_t K, Range columns, A* buffer,

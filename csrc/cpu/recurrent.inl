@@ -11,10 +11,12 @@
 #include "vec.h"
 
 constexpr int kTileRows = 6;         // batch rows of the largest register tile
-constexpr int kPrefetchingRows = 4;  // batch rows of the smallest tile that has load slots to spare
+constexpr int kPrefetchingRows = 4;  // batch rows of the smallest tile that prefetches: smaller ones read without pause
 constexpr int kGroupPanels = 4;      // panels computed before the epilogue runs: two unit blocks
 constexpr int64_t kRowsAhead = 8;    // rows between the one that is packed and the one that is prefetched
 constexpr int64_t kDepth = 256;      // terms of a panel that stay in L1 under the row tiles (16 KB with AVX2)
+constexpr int64_t kTermsAtOnce = 4;  // terms of a tile in one round of its loop
+constexpr int64_t kTileGap = 16;     // elements between packed tiles: at least what a store of a vector may overrun
 
 // Panels that a tile of this many rows processes at once: as many accumulators as registers allow, to hide FMA latency.
 constexpr int tile_panels(int rows) {
@@ -145,29 +147,86 @@ void pack_bias(const T* b_ih, const T* b_hh, int64_t H, T* packed) {
 
 // ---------------------------------------------------------------------------------------------- register tiles
 
-// out[r][p][v] (+)= sum_k a[r][k] * panels[p][k][v] for `kRows` rows and `kPanels` panels, `depth` terms. Rows of `a`
-// are a_stride apart, or where that is kInterleaved, [terms][kRows].
-template <class T, class A, int kRows, int kPanels, bool kInterleaved>
-void tile(const A* a, int64_t a_stride, const A* panels, int64_t panel_stride, int64_t depth, T* out, bool accumulate) {
+// A left operand as tiles read it: cut in tiles of rows, each [terms][rows of the tile]. A gap between tiles lets their
+// beginnings fall in different sets of the cache.
+template <class A>
+struct LeftTiles {
+  EvenSplit tiles;
+  int64_t depth;  // terms of a row
+  A* data;
+
+  LeftTiles(int64_t rows, int64_t depth_, A* buffer) : tiles(rows, kTileRows), depth(depth_), data(buffer) {}
+  A* at(int64_t tile, int64_t term) const {
+    return data + tiles.begin(tile) * depth + tile * kTileGap + term * tiles.length(tile);
+  }
+  static constexpr int64_t size(int64_t rows, int64_t depth) {
+    return rows * depth + ceil_div(rows, kTileRows) * kTileGap;
+  }
+};
+
+// out[k][r] = rows[r][k] for kRows adjacent rows, transposed in registers. It may write kTileGap elements too many.
+template <class T, class A, int kRows>
+void pack_tile(const A* rows, int64_t stride, int64_t depth, A* out) {
+  constexpr int W = kLanes<T>;
+  int64_t k = 0;
+  for (; k + W <= depth && kRows > 1; k += W)
+#pragma GCC unroll 8
+    for (int first = 0; first < kRows; first += W) {
+      constexpr int kMost = std::min(W, kRows);
+      typename VecTraits<T>::Int square[W] = {};  // elements as bits: a pair of bfloat16 is as wide as a float
+#pragma GCC unroll 16
+      for (int r = 0; r < kMost; ++r)
+        if (first + r < kRows) __builtin_memcpy(&square[r], rows + (first + r) * stride + k, sizeof(square[r]));
+      transpose(square);
+      // A whole vector is one store; the next overwrites what it has too much, that of the last falls into the gap.
+      const size_t bytes = kRows <= W ? sizeof(square[0]) : std::min(W, kRows - first) * sizeof(A);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) __builtin_memcpy(out + (k + l) * kRows + first, &square[l], bytes);
+    }
+  for (; k < depth; ++k)
+    for (int r = 0; r < kRows; ++r) out[k * kRows + r] = rows[r * stride + k];
+}
+
+// Packs `count` rows that lie `stride` apart.
+template <class T, class A>
+LeftTiles<A> pack_left(const A* rows, int64_t stride, int64_t count, int64_t depth, A* buffer) {
+  const LeftTiles<A> left(count, depth, buffer);
+  for (int64_t i = 0; i < left.tiles.pieces; ++i) {
+    const A* const from = rows + left.tiles.begin(i) * stride;
+    A* const to = left.at(i, 0);
+    for (int64_t r = left.tiles.begin(i + 1), end = std::min(r + kTileRows, count); r < end; ++r)
+      prefetch_row(rows + r * stride, depth);
+    switch (left.tiles.length(i)) {
+      case 1: pack_tile<T, A, 1>(from, stride, depth, to); break;
+      case 2: pack_tile<T, A, 2>(from, stride, depth, to); break;
+      case 3: pack_tile<T, A, 3>(from, stride, depth, to); break;
+      case 4: pack_tile<T, A, 4>(from, stride, depth, to); break;
+      case 5: pack_tile<T, A, 5>(from, stride, depth, to); break;
+      default: pack_tile<T, A, 6>(from, stride, depth, to); break;
+    }
+  }
+  return left;
+}
+
+// out[r][p][v] (+)= sum_k left[k][r] * panels[p][k][v] for `kRows` rows and `kPanels` panels, `depth` terms. Brings
+// every kTermsAtOnce-th term of the panel at `upcoming` closer to the core.
+template <class T, class A, int kRows, int kPanels>
+void tile(const A* left, const A* panels, int64_t panel_stride, int64_t depth, T* out, int64_t out_stride,
+          bool accumulate, const A* upcoming) {
   using Factor = Operand<T, A>;
-  constexpr int W = kLanes<T>, kRowStride = Scratch<T>::kRowStride;
+  constexpr int W = kLanes<T>;
   Vec<T> sum[kRows][2 * kPanels];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = Vec<T>{};
   // The smaller operand of the outer product stays in registers, the other passes through one.
-  for (int64_t k = 0; k < depth; ++k) {
-    // The first of several row tiles brings the next slice of the panel from afar; the others find it there.
-    if constexpr (kRows >= kPrefetchingRows) __builtin_prefetch(panels + (depth + k) * 2 * W, 0, 2);
-    const auto left = [=](int r) {
-      return Factor::broadcast_from(kInterleaved ? a + k * kRows + r : a + r * a_stride + k);
-    };
+  const auto add_term = [&](int64_t k) __attribute__((always_inline)) {
     const auto right = [=](int v) { return Factor::load_from(panels + (v / 2) * panel_stride + (2 * k + v % 2) * W); };
     if constexpr (kRows <= 2 * kPanels) {
       typename Factor::Vector lefts[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) lefts[r] = left(r);
+      for (int r = 0; r < kRows; ++r) lefts[r] = Factor::broadcast_from(left + k * kRows + r);
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * kPanels; ++v) {
         const typename Factor::Vector one = right(v);
@@ -180,82 +239,49 @@ void tile(const A* a, int64_t a_stride, const A* panels, int64_t panel_stride, i
       for (int v = 0; v < 2 * kPanels; ++v) rights[v] = right(v);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const typename Factor::Vector one = left(r);
+        const typename Factor::Vector one = Factor::broadcast_from(left + k * kRows + r);
 #pragma GCC unroll 8
         for (int v = 0; v < 2 * kPanels; ++v) sum[r][v] = Factor::multiply_add(one, rights[v], sum[r][v]);
       }
     }
+  };
+  // Several terms in a round: where somebody else keeps the other hardware thread of the core busy, instructions are
+  // what limits the tile.
+  int64_t k = 0;
+  for (; k + kTermsAtOnce <= depth; k += kTermsAtOnce) {
+    if constexpr (kRows >= kPrefetchingRows) __builtin_prefetch(upcoming + k * 2 * W, 0, 2);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kTermsAtOnce; ++j) add_term(k + j);
   }
+  for (; k < depth; ++k) add_term(k);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * kPanels; ++v) {
-      T* const to = out + r * kRowStride + v * W;
+      T* const to = out + r * out_stride + v * W;
       store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
     }
 }
 
 template <class T, class A>
-using TileFunction = void (*)(const A*, int64_t, const A*, int64_t, int64_t, T*, bool);
+using TileFunction = void (*)(const A*, const A*, int64_t, int64_t, T*, int64_t, bool, const A*);
 
 // The tile for (rows, panels at once); only the combinations that tile_panels allows exist.
-template <class T, class A, bool kInterleaved, int kRows = 1>
+template <class T, class A, int kRows = 1>
 TileFunction<T, A> select_tile(int64_t rows, int64_t panels) {
   if constexpr (kRows > kTileRows) {
     return nullptr;
   } else {
-    if (rows != kRows) return select_tile<T, A, kInterleaved, kRows + 1>(rows, panels);
+    if (rows != kRows) return select_tile<T, A, kRows + 1>(rows, panels);
     constexpr int kMost = tile_panels(kRows);
     if constexpr (kMost >= 4) {
-      if (panels == 4) return tile<T, A, kRows, 4, kInterleaved>;
+      if (panels == 4) return tile<T, A, kRows, 4>;
     }
     if constexpr (kMost >= 2) {
-      if (panels == 2) return tile<T, A, kRows, 2, kInterleaved>;
+      if (panels == 2) return tile<T, A, kRows, 2>;
     }
-    return tile<T, A, kRows, 1, kInterleaved>;
+    return tile<T, A, kRows, 1>;
   }
-}
-
-// scratch (+)= a * packed panels for the rows of `tiles` and `count` <= kGroupPanels adjacent panels starting at
-// `packed`. a(i): the rows of tile i.
-template <class T, class A, bool kInterleaved, class RowsOf>
-void multiply_tiles(const EvenSplit& tiles, const RowsOf& a, int64_t a_stride, const A* packed, int64_t depth,
-                    int64_t count, bool accumulate, Scratch<T>& scratch) {
-  constexpr int W = kLanes<T>;
-  const int64_t at_once = tile_panels(static_cast<int>(tiles.largest())), panel_stride = depth * 2 * W;
-  for (int64_t panel = 0; panel < count;) {
-    int64_t panels = at_once;
-    while (panels > count - panel) panels /= 2;
-    const TileFunction<T, A> longer = select_tile<T, A, kInterleaved>(tiles.size + 1, panels),
-                             shorter = select_tile<T, A, kInterleaved>(tiles.size, panels);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      const int64_t slice = std::min(kDepth, depth - k);
-      const A* const right = packed + panel * panel_stride + k * 2 * W;
-      for (int64_t i = 0; i < tiles.pieces; ++i)
-        (i < tiles.longer ? longer : shorter)(a(i) + k * (kInterleaved ? tiles.length(i) : 1), a_stride, right,
-                                              panel_stride, slice, scratch.row(tiles.begin(i)) + panel * 2 * W,
-                                              accumulate || k > 0);
-    }
-    panel += panels;
-  }
-}
-
-// The same for `rows` rows of [., depth].
-template <class T, class A>
-void multiply_panels(const A* a, int64_t a_stride, int64_t rows, const A* packed, int64_t depth, int64_t count,
-                     bool accumulate, Scratch<T>& scratch) {
-  const EvenSplit tiles(rows, kTileRows);
-  const auto rows_of = [&](int64_t i) { return a + tiles.begin(i) * a_stride; };
-  multiply_tiles<T, A, false>(tiles, rows_of, a_stride, packed, depth, count, accumulate, scratch);
-}
-
-// to[i] += from[i]
-template <class T>
-inline void add_row(const T* from, int64_t n, T* to) {
-  constexpr int W = kLanes<T>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
-  if (i < n) store_first(to + i, load_first(to + i, n - i) + load_first(from + i, n - i), n - i);
 }
 
 // n columns of `count` rows, in vectors.
@@ -269,40 +295,82 @@ void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
   }
 }
 
-// Columns of a group of panels of `count` rows of `out` (+)= what `multiply` leaves in, or adds to, the scratch buffer.
-// Columns beyond `columns` are padding and not written.
-template <class T, class Multiply>
-void update_columns(T* out, int64_t out_stride, int64_t columns, int64_t count, Range group, bool accumulate,
-                    Scratch<T>& scratch, const Multiply& multiply) {
-  constexpr int W2 = 2 * kLanes<T>;
-  const int64_t n = std::min(group.end * W2, columns) - group.begin * W2;
-  T* const to = out + group.begin * W2;
-  if (accumulate) copy_rows(to, out_stride, scratch.values, scratch.kRowStride, count, n);
-  multiply();
-  copy_rows(scratch.values, scratch.kRowStride, to, out_stride, count, n);
+// Adjacent panels of a packed matrix.
+template <class A>
+struct Panels {
+  const A* data;
+  int64_t depth;    // terms
+  int64_t columns;  // the last panel may be filled in part
+};
+
+// out (+)= left * panels over at most kDepth terms, from `begin` of the panels and from `left_begin` of the left
+// operand on. The slice of a panel stays in the nearest cache while all tiles pass over it. Columns beyond the last are
+// padding and not written.
+template <class T, class A>
+void multiply_slice(const LeftTiles<A>& left, int64_t left_begin, const Panels<A>& panels, int64_t begin, T* out,
+                    int64_t out_stride, bool accumulate) {
+  constexpr int64_t W2 = 2 * kLanes<T>;
+  const EvenSplit& tiles = left.tiles;
+  const int64_t depth = std::min(kDepth, panels.depth - begin), stride = panels.depth * W2;
+  const int64_t count = ceil_div(panels.columns, W2);
+  int64_t at_once = tile_panels(static_cast<int>(tiles.largest()));
+  for (int64_t panel = 0; panel < count; panel += at_once) {
+    while (at_once > count - panel) at_once /= 2;
+    const TileFunction<T, A> longer = select_tile<T, A>(tiles.size + 1, at_once),
+                             shorter = select_tile<T, A>(tiles.size, at_once);
+    const A* const right = panels.data + panel * stride + begin * W2;
+    const int64_t n = std::min(panels.columns - panel * W2, at_once * W2);
+    for (int64_t i = 0; i < tiles.pieces; ++i) {
+      // So many tiles prefetch all of the next panel (or behind the last panel something that nobody needs).
+      const A* const upcoming = right + at_once * stride + i % kTermsAtOnce * W2;
+      T* const to = out + tiles.begin(i) * out_stride + panel * W2;
+      const auto run = [&](T* sums, int64_t sums_stride) {
+        (i < tiles.longer ? longer : shorter)(left.at(i, left_begin), right, stride, depth, sums, sums_stride,
+                                              accumulate, upcoming);
+      };
+      if (n == at_once * W2) {
+        run(to, out_stride);
+      } else {
+        T whole[kTileRows * kGroupPanels * W2];
+        if (accumulate) copy_rows(to, out_stride, whole, at_once * W2, tiles.length(i), n);
+        run(whole, at_once * W2);
+        copy_rows(whole, at_once * W2, to, out_stride, tiles.length(i), n);
+      }
+    }
+  }
 }
 
-// out[rows] (+)= a[rows] * panels. `backwards`: panels from the last to the first.
+// out (+)= left * panels over all terms.
+template <class T, class A>
+void multiply_panels(const LeftTiles<A>& left, const Panels<A>& panels, T* out, int64_t out_stride, bool accumulate) {
+  for (int64_t k = 0; k < panels.depth; k += kDepth)
+    multiply_slice(left, k, panels, k, out, out_stride, accumulate || k > 0);
+}
+
+// to[i] += from[i]
+template <class T>
+inline void add_row(const T* from, int64_t n, T* to) {
+  constexpr int W = kLanes<T>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
+  if (i < n) store_first(to + i, load_first(to + i, n - i) + load_first(from + i, n - i), n - i);
+}
+
+// out[rows] (+)= a[rows] * panels.
 template <class T, class A>
 void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, int64_t depth, int64_t columns,
-                   Range panels, T* out, int64_t out_stride, bool accumulate, bool backwards) {
-  constexpr int W2 = 2 * kLanes<T>;
+                   Range panels, T* out, int64_t out_stride, bool accumulate, A* buffer) {
+  constexpr int64_t W2 = 2 * kLanes<T>;
   if (rows.begin >= rows.end) return;
-  Scratch<T> scratch;
-  const EvenSplit passes(rows.end - rows.begin,
-                         rows_per_pass(depth * (panels.end - panels.begin) * W2 * static_cast<int64_t>(sizeof(A))));
-  for (int64_t i = 0; i < passes.pieces; ++i) {
-    const EvenSplit chunks(passes.length(i), kChunkRows);
-    const Groups groups = {panels, kGroupPanels, backwards != (i % 2 == 1)};
-    for (int64_t g = 0; g < groups.count(); ++g) {
-      const Range group = groups.at(g);
-      for (int64_t c = 0; c < chunks.pieces; ++c) {
-        const int64_t first = rows.begin + passes.begin(i) + chunks.begin(c), count = chunks.length(c);
-        update_columns(out + first * out_stride, out_stride, columns, count, group, accumulate, scratch, [&] {
-          multiply_panels(a + first * a_stride, a_stride, count, packed + group.begin * depth * W2, depth,
-                          group.end - group.begin, accumulate, scratch);
-        });
-      }
+  const EvenSplit blocks(rows.end - rows.begin, kBlockRows);
+  const int64_t column = panels.begin * W2;
+  const Panels<A> right = {packed + column * depth, depth, std::min(columns, panels.end * W2) - column};
+  for (int64_t i = 0; i < blocks.pieces; ++i) {
+    const int64_t row = rows.begin + blocks.begin(i);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const LeftTiles<A> left =
+          pack_left<T>(a + row * a_stride + k, a_stride, blocks.length(i), std::min(kDepth, depth - k), buffer);
+      multiply_slice(left, 0, right, k, out + row * out_stride + column, out_stride, accumulate || k > 0);
     }
   }
 }
@@ -367,13 +435,6 @@ void multiply_stored(const T* a, int64_t a_stride, int64_t rows, const T* w, int
 
 // ---------------------------------------------------------------------------------------------- weight gradients
 
-// A left operand packed tile by tile: [tile][terms][rows of the tile], with a gap between tiles so that their
-// beginnings fall in different sets of the cache.
-constexpr int64_t kTileGap = 16;
-constexpr int64_t gradient_buffer_size(int64_t depth) {
-  return kChunkRows * depth + ceil_div(kChunkRows, kTileRows) * kTileGap;
-}
-
 // to[c] = term k of column c of a matrix of K rows.
 template <class T, class A, int kColumns>
 inline void copy_term_of_columns(const T* from, int64_t stride, int64_t k, int64_t K, A* to) {
@@ -383,52 +444,46 @@ inline void copy_term_of_columns(const T* from, int64_t stride, int64_t k, int64
     for (int c = 0; c < kColumns; ++c) to[c] = Operand<T, A>::make(from + c, stride, k, K);
 }
 
-// out[c] (+)= left^T right over K rows, for the given columns of left and all of each right. Each chunk of columns of
+// out[c] (+)= left^T right over K rows, for the given columns of left and all of each right. Each block of columns of
 // left is packed into `buffer` on its way.
 template <class T, class A>
 void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns, A* buffer,
                    const std::vector<Gradient<T, A>>& gradients, T* sums, bool accumulate) {
-  constexpr int W2 = 2 * kLanes<T>;
-  Scratch<T> scratch;
   const int64_t depth = terms<A>(K);
-  const EvenSplit chunks(columns.end - columns.begin, kChunkRows);
-  for (int64_t i = 0; i < chunks.pieces; ++i) {
-    const int64_t first = columns.begin + chunks.begin(i), count = chunks.length(i);
-    const EvenSplit tiles(count, kTileRows);
-    const auto packed_tile = [&](int64_t tile) { return buffer + tiles.begin(tile) * depth + tile * kTileGap; };
-    T column_sums[kChunkRows] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t row = k * kValuesPerTerm<A>; row < std::min(K, (k + 1) * kValuesPerTerm<A>); ++row) {
-        prefetch_row(left + std::min(row + kRowsAhead, K - 1) * left_stride + first, count);
-        if (sums) add_row(left + row * left_stride + first, count, column_sums);
-      }
-      for (int64_t tile = 0; tile < tiles.pieces; ++tile) {
-        const int64_t n = tiles.length(tile);
-        const T* const from = left + first + tiles.begin(tile);
-        A* const to = packed_tile(tile) + k * n;
-        // Constant sizes become a few moves; other ones occur only with very few columns.
-        switch (n) {
-          case kTileRows: copy_term_of_columns<T, A, kTileRows>(from, left_stride, k, K, to); break;
-          case kTileRows - 1: copy_term_of_columns<T, A, kTileRows - 1>(from, left_stride, k, K, to); break;
-          default:
-            for (int64_t c = 0; c < n; ++c) to[c] = Operand<T, A>::make(from + c, left_stride, k, K);
+  const EvenSplit blocks(columns.end - columns.begin, kBlockRows);
+  for (int64_t begin = 0; begin < depth; begin += kDepth) {
+    const int64_t end = std::min(begin + kDepth, depth);
+    const bool add = accumulate || begin > 0;
+    for (int64_t i = 0; i < blocks.pieces; ++i) {
+      const int64_t first = columns.begin + blocks.begin(i), count = blocks.length(i);
+      const LeftTiles<A> packed_left(count, end - begin, buffer);
+      const EvenSplit& tiles = packed_left.tiles;
+      T column_sums[kBlockRows] = {};
+      for (int64_t k = begin; k < end; ++k) {
+        for (int64_t row = k * kValuesPerTerm<A>; row < std::min(K, (k + 1) * kValuesPerTerm<A>); ++row) {
+          prefetch_row(left + std::min(row + kRowsAhead, K - 1) * left_stride + first, count);
+          if (sums) add_row(left + row * left_stride + first, count, column_sums);
+        }
+        for (int64_t t = 0; t < tiles.pieces; ++t) {
+          const int64_t n = tiles.length(t);
+          const T* const from = left + first + tiles.begin(t);
+          A* const to = packed_left.at(t, k - begin);
+          // Constant sizes become a few moves; other ones occur only with very few columns.
+          switch (n) {
+            case kTileRows: copy_term_of_columns<T, A, kTileRows>(from, left_stride, k, K, to); break;
+            case kTileRows - 1: copy_term_of_columns<T, A, kTileRows - 1>(from, left_stride, k, K, to); break;
+            default:
+              for (int64_t c = 0; c < n; ++c) to[c] = Operand<T, A>::make(from + c, left_stride, k, K);
+          }
         }
       }
-    }
-    if (sums && accumulate)
-      add_row(column_sums, count, sums + first);
-    else if (sums)
-      std::copy_n(column_sums, count, sums + first);
-    for (const Gradient<T, A>& gradient : gradients) {
-      const Groups groups = {{0, ceil_div(gradient.columns, W2)}, kGroupPanels, i % 2 == 1};
-      for (int64_t g = 0; g < groups.count(); ++g) {
-        const Range group = groups.at(g);
-        T* const out = gradient.out + first * gradient.columns;
-        update_columns(out, gradient.columns, gradient.columns, count, group, accumulate, scratch, [&] {
-          multiply_tiles<T, A, true>(tiles, packed_tile, 0, gradient.packed + group.begin * depth * W2, depth,
-                                     group.end - group.begin, accumulate, scratch);
-        });
-      }
+      if (sums && add)
+        add_row(column_sums, count, sums + first);
+      else if (sums)
+        std::copy_n(column_sums, count, sums + first);
+      for (const Gradient<T, A>& gradient : gradients)
+        multiply_slice(packed_left, 0, Panels<A>{gradient.packed, depth, gradient.columns}, begin,
+                       gradient.out + first * gradient.columns, gradient.columns, add);
     }
   }
 }
@@ -614,57 +669,80 @@ void cells_of_blocks(const ForwardTask<T, A>& task, int64_t t, int64_t first, in
 // Rows [begin, end) of step t that share one source of h_{t-1}: h points at the row `begin` of it.
 template <class T, class A>
 void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
-                     const A* h, int64_t h_stride) {
+                     const A* h, int64_t h_stride, A* workspace) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kGroupBlocks = kGroupPanels / 2;
   Scratch<T> scratch;
-  const int64_t offset = task.schedule->offsets[t], depth_x = terms<A>(task.I), depth_h = terms<A>(task.P);
-  const int64_t depth = depth_h + (task.gates_x ? 0 : depth_x), columns = (blocks.end - blocks.begin) * kGates * W;
-  const EvenSplit passes(rows.end - rows.begin, rows_per_pass(depth * columns * static_cast<int64_t>(sizeof(A))));
+  const int64_t offset = task.schedule->offsets[t], depth_h = terms<A>(task.P);
+  const int64_t depth_x = task.gates_x ? 0 : terms<A>(task.I), columns = (blocks.end - blocks.begin) * kGates * W;
+  const A* const x = task.gates_x ? nullptr : task.x + (offset + rows.begin) * depth_x;
+  const EvenSplit passes(rows.end - rows.begin,
+                         rows_per_pass((depth_h + depth_x) * columns * static_cast<int64_t>(sizeof(A))));
   for (int64_t i = 0; i < passes.pieces; ++i) {
     const EvenSplit chunks(passes.length(i), kChunkRows);
+    // Of each chunk of rows, h and behind it x.
+    const int64_t size_h = LeftTiles<A>::size(chunks.largest(), depth_h),
+                  size = size_h + LeftTiles<A>::size(chunks.largest(), depth_x);
+    if (product == GateProduct::kPacked)
+      for (int64_t c = 0; c < chunks.pieces; ++c) {
+        const int64_t row = passes.begin(i) + chunks.begin(c), count = chunks.length(c);
+        pack_left<T>(h + row * h_stride, h_stride, count, depth_h, workspace + c * size);
+        if (x) pack_left<T>(x + row * depth_x, depth_x, count, depth_x, workspace + c * size + size_h);
+      }
     const Groups groups = {blocks, kGroupBlocks, (t + i) % 2 == 1};
     for (int64_t g = 0; g < groups.count(); ++g) {
       const Range units = groups.at(g);
+      const int64_t column = units.begin * kGates * W, group_columns = (units.end - units.begin) * kGates * W;
       for (int64_t c = 0; c < chunks.pieces; ++c) {
-        const int64_t in_segment = passes.begin(i) + chunks.begin(c), count = chunks.length(c);
-        const int64_t first = rows.begin + in_segment;
-        const A* const chunk_h = h + in_segment * h_stride;
-        const A* const x = task.gates_x ? nullptr : task.x + (offset + first) * depth_x;
+        const int64_t row = passes.begin(i) + chunks.begin(c), count = chunks.length(c);
         if (product == GateProduct::kPacked) {
-          const int64_t panels = 2 * (units.end - units.begin), column = units.begin * kGates * W;
-          if (x) multiply_panels(x, depth_x, count, task.packed_ih + column * depth_x, depth_x, panels, false, scratch);
-          multiply_panels(chunk_h, h_stride, count, task.packed_hh + column * depth_h, depth_h, panels, x != nullptr,
-                          scratch);
+          const auto multiply = [&](A* left, const A* packed, int64_t depth, bool accumulate) {
+            multiply_panels(LeftTiles<A>(count, depth, left), Panels<A>{packed + column * depth, depth, group_columns},
+                            scratch.values, scratch.kRowStride, accumulate);
+          };
+          if (x) multiply(workspace + c * size + size_h, task.packed_ih, depth_x, false);
+          multiply(workspace + c * size, task.packed_hh, depth_h, x != nullptr);
         }
         if constexpr (kFullPrecision<T, A>)
           if (product == GateProduct::kUnpacked)
             for (int64_t block = units.begin; block < units.end; ++block)
-              dot_rows(task, chunk_h, h_stride, x, count, block, scratch, (block - units.begin) * kGates * W);
-        cells_of_blocks(task, t, first, count, units, product != GateProduct::kDone, scratch);
+              dot_rows(task, h + row * h_stride, h_stride, x ? x + row * depth_x : nullptr, count, block, scratch,
+                       (block - units.begin) * kGates * W);
+        cells_of_blocks(task, t, rows.begin + row, count, units, product != GateProduct::kDone, scratch);
       }
     }
   }
 }
 
+// Elements that forward_cells needs as workspace for at most so many rows: as many chunks as a pass may have.
+template <class A>
+int64_t forward_workspace(int64_t rows, int64_t I, int64_t P) {
+  const int64_t largest = std::min(rows, kChunkRows);
+  return ceil_div(std::min(rows, kFarRows), kChunkRows) *
+         (LeftTiles<A>::size(largest, terms<A>(P)) + LeftTiles<A>::size(largest, terms<A>(I)));
+}
+
 template <class T, class A>
-void forward_cells(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks) {
+void forward_cells(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
+                   A* workspace) {
   const Schedule& schedule = *task.schedule;
   const int64_t previous = task.previous(t), h_0_stride = terms<A>(task.P);
   rows.end = std::min(rows.end, schedule.active(t));
   if (task.restarts_at(t)) {
     if (rows.begin < rows.end)
-      forward_segment(task, product, t, rows, blocks, task.restarted_h + rows.begin * h_0_stride, h_0_stride);
+      forward_segment(task, product, t, rows, blocks, task.restarted_h + rows.begin * h_0_stride, h_0_stride,
+                      workspace);
     return;
   }
   // Rows that were active in the previous step find h_{t-1} there, the others start from h_0.
   const int64_t boundary = std::clamp(schedule.active(previous), rows.begin, std::max(rows.begin, rows.end));
   if (rows.begin < boundary) {
     const A* h = task.h.at(schedule, previous) + rows.begin * task.h.stride;
-    forward_segment(task, product, t, {rows.begin, boundary}, blocks, h, task.h.stride);
+    forward_segment(task, product, t, {rows.begin, boundary}, blocks, h, task.h.stride, workspace);
   }
   if (boundary < rows.end)
-    forward_segment(task, product, t, {boundary, rows.end}, blocks, task.h_0 + boundary * h_0_stride, h_0_stride);
+    forward_segment(task, product, t, {boundary, rows.end}, blocks, task.h_0 + boundary * h_0_stride, h_0_stride,
+                    workspace);
 }
 
 // Columns of the given panels of one row, rounded for the next product.
@@ -679,12 +757,11 @@ void round_columns(const T* from, int64_t columns, Range panels, A* to) {
 }
 
 template <class T, class A>
-void forward_project(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
+void forward_project(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   T* y = task.y + task.schedule->offsets[t] * task.y_stride;
   const int64_t depth = terms<A>(task.H);
-  multiply_rows<T, A>(task.hidden, depth, rows, task.packed_hr, depth, task.P, panels, y, task.y_stride, false,
-                      t % 2 == 1);
+  multiply_rows<T, A>(task.hidden, depth, rows, task.packed_hr, depth, task.P, panels, y, task.y_stride, false, buffer);
   if constexpr (!kFullPrecision<T, A>)
     for (int64_t b = rows.begin; b < rows.end; ++b)
       round_columns(y + b * task.y_stride, task.P, panels, task.h.at(*task.schedule, t) + b * task.h.stride);
@@ -693,7 +770,7 @@ void forward_project(const ForwardTask<T, A>& task, int64_t t, Range rows, Range
 // ---------------------------------------------------------------------------------------------- backward
 
 template <class T, class A>
-void backward_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
+void backward_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   const StepRows<A>& d_gates = task.d_gates_terms;
   const A* const a = d_gates.at(*task.schedule, t);
@@ -704,7 +781,7 @@ void backward_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, R
                       kGates * task.H, task.P, {first, last}, task.d_h + rows.begin * task.P, task.P, false);
   if (task.packed_hh)
     multiply_rows(a, d_gates.stride, rows, task.packed_hh, terms<A>(kGates * task.H), task.P, panels, task.d_h, task.P,
-                  false, t % 2 == 1);
+                  false, buffer);
   for (int64_t b = rows.begin; b < rows.end; ++b)
     if (task.restarts_row(task.schedule->offsets[t] + b))
       std::fill(task.d_h + b * task.P + first, task.d_h + b * task.P + last, T(0));
@@ -726,11 +803,11 @@ void backward_output(const BackwardTask<T, A>& task, int64_t t, Range rows) {
 }
 
 template <class T, class A>
-void backward_project(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
+void backward_project(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   const StepRows<A>& d_projected = task.d_projected_terms;
   multiply_rows(d_projected.at(*task.schedule, t), d_projected.stride, rows, task.packed_hr, terms<A>(task.P), task.H,
-                panels, task.d_hidden, task.H, false, t % 2 == 1);
+                panels, task.d_hidden, task.H, false, buffer);
 }
 
 template <class T, class A, bool kTail>
@@ -830,6 +907,8 @@ constexpr Kernels<T, A> kKernels = {
     pack_columns<T, A>,
     pack_transposed<T, A>,
     pack_bias<T>,
+    LeftTiles<A>::size(kBlockRows, kDepth),
+    forward_workspace<A>,
     forward_cells<T, A>,
     forward_project<T, A>,
     backward_recurrent<T, A>,
@@ -838,6 +917,5 @@ constexpr Kernels<T, A> kKernels = {
     backward_cells<T, A>,
     multiply_rows<T, A>,
     multiply_stored<T>,
-    gradient_buffer_size,
     add_gradients<T, A>,
 };

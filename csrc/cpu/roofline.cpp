@@ -120,8 +120,10 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
     const auto step = [&k, B = B, H = H](GateProduct product) {
       return [&k, B, H, product](Data& data) {
         const auto layer = std::make_shared<Layer>(k, data, B, H, false);
-        return
-            [&k, layer, B, H, product] { k.forward_cells(layer->forward, product, 0, {0, B}, {0, unit_blocks(k, H)}); };
+        T* const workspace = data.make(k.forward_workspace(B, H, H));
+        return [&k, layer, B, H, product, workspace] {
+          k.forward_cells(layer->forward, product, 0, {0, B}, {0, unit_blocks(k, H)}, workspace);
+        };
       };
     };
     const double products = 8 * rows * units * units, weights = 8 * units * units;
@@ -130,8 +132,9 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
     add("forward cell, training", sizes, 0, 14 * rows * units, [&k, B = B, H = H](Data& data) {
       const auto layer = std::make_shared<Layer>(k, data, B, H, true);
       layer->forward.gates_x = layer->backward.gates;
-      return
-          [&k, layer, B, H] { k.forward_cells(layer->forward, GateProduct::kDone, 0, {0, B}, {0, unit_blocks(k, H)}); };
+      return [&k, layer, B, H] {
+        k.forward_cells(layer->forward, GateProduct::kDone, 0, {0, B}, {0, unit_blocks(k, H)}, nullptr);
+      };
     });
     add("backward cell", sizes, 0, 15 * rows * units, [&k, B = B, H = H](Data& data) {
       const auto layer = std::make_shared<Layer>(k, data, B, H, true);
@@ -149,9 +152,10 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
               const T* const a = data.make(rows * K);
               const T* const packed = data.make(packed_columns_size(k, K, width));
               T* const out = data.make(rows * width);
+              T* const buffer = data.make(k.block_buffer);
               return [=, &k] {
                 const Range panels = {0, column_panels(k, width)};
-                k.multiply_rows(a, K, {0, rows}, packed, K, width, panels, out, width, false, false);
+                k.multiply_rows(a, K, {0, rows}, packed, K, width, panels, out, width, false, buffer);
               };
             });
       };
@@ -172,7 +176,7 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
           const T* const right = data.make(packed_columns_size(k, depth, 2 * H));
           T* const out = data.make(columns * 2 * H);
           T* const sums = data.make(columns);
-          T* const buffer = data.make(k.gradient_buffer_size(depth));
+          T* const buffer = data.make(k.block_buffer);
           const std::vector<Gradient<T, T>> gradients = {{right, 2 * H, out}};
           return [=, &k] { k.add_gradients(left, columns, depth, {0, columns / 2}, buffer, gradients, sums, false); };
         });

@@ -129,11 +129,15 @@ void multiply_bulk(const Kernels<T, A>& k, const A* a, int64_t rows, int64_t dep
   const int64_t panels = column_panels(k, columns), grain = kMultiplyGrain / (depth * columns) + 1;
   if (rows >= kBulkRows * thread_count())
     parallel(rows, std::max(grain, kBulkRows), [&](int64_t begin, int64_t end) {
-      k.multiply_rows(a, depth, {begin, end}, packed, depth, columns, {0, panels}, out, columns, accumulate, false);
+      const Buffer<A> buffer(k.block_buffer);
+      k.multiply_rows(a, depth, {begin, end}, packed, depth, columns, {0, panels}, out, columns, accumulate,
+                      buffer.data());
     });
   else
     parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1, [&](int64_t begin, int64_t end) {
-      k.multiply_rows(a, depth, {0, rows}, packed, depth, columns, {begin, end}, out, columns, accumulate, false);
+      const Buffer<A> buffer(k.block_buffer);
+      k.multiply_rows(a, depth, {0, rows}, packed, depth, columns, {begin, end}, out, columns, accumulate,
+                      buffer.data());
     });
 }
 
@@ -174,17 +178,23 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   const int64_t blocks = unit_blocks(k, first.H), panels = column_panels(k, first.P);
   const GateProduct product = plan.family == Family::kPacked ? GateProduct::kPacked : GateProduct::kUnpacked;
   const Range all_rows = {0, schedule.active(0)};
+  const auto workspace_size = [&](int64_t rows) {
+    if (product == GateProduct::kUnpacked) return int64_t{0};
+    const int64_t cells = k.forward_workspace(rows, first.gates_x ? 0 : first.I, first.P);
+    return first.hidden ? std::max(cells, k.block_buffer) : cells;
+  };
 
   if (plan.split == Split::kRows) {
     const std::vector<RowItem> items = split_rows(schedule, directions);
     parallel(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const ForwardTask<T, A>& task = tasks[items[i].direction];
+        const Buffer<A> workspace(workspace_size(items[i].rows.end - items[i].rows.begin));
         for (int64_t s = 0; s < schedule.steps(); ++s) {
           const int64_t t = forward_step(task, s);
           restart_rows(task, t, items[i].rows);
-          k.forward_cells(task, product, t, items[i].rows, {0, blocks});
-          if (task.hidden) k.forward_project(task, t, items[i].rows, {0, panels});
+          k.forward_cells(task, product, t, items[i].rows, {0, blocks}, workspace.data());
+          if (task.hidden) k.forward_project(task, t, items[i].rows, {0, panels}, workspace.data());
         }
       }
     });
@@ -194,6 +204,8 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   // A cut that restarts the reverse direction restarts the other one, too.
   const int64_t restart_phases = first.restarts ? 1 : 0;
   const int64_t phases = restart_phases + 1 + (first.hidden ? 1 : 0);
+  const int64_t size = workspace_size(all_rows.end);
+  const Buffer<A> workspaces(size * Lockstep::most_threads());
   Lockstep::run(Lockstep::most_threads(), schedule.steps() * phases, [&](int64_t i, int64_t part, int64_t parts) {
     const int64_t s = i / phases, phase = i % phases - restart_phases;
     if (phase < 0)
@@ -201,11 +213,11 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
                        [&](int64_t d, Range rows) { restart_rows(tasks[d], forward_step(tasks[d], s), rows); });
     else if (phase == 0)
       share_directions(directions, blocks, part, parts, [&](int64_t d, Range units) {
-        k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, units);
+        k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, units, workspaces.data() + part * size);
       });
     else
       share_directions(directions, panels, part, parts, [&](int64_t d, Range columns) {
-        k.forward_project(tasks[d], forward_step(tasks[d], s), all_rows, columns);
+        k.forward_project(tasks[d], forward_step(tasks[d], s), all_rows, columns, workspaces.data() + part * size);
       });
   });
 }
@@ -231,7 +243,7 @@ void forward_stepwise(const ForwardTask<T, T>& task, T* gates_x, const T* w_hr, 
                 w_hh, true);
     }
     parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
-      k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks});
+      k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks}, nullptr);
     });
     if (task.hidden)
       matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride},
@@ -367,32 +379,35 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
   const int64_t directions = static_cast<int64_t>(tasks.size()), steps = schedule.steps();
   const int64_t panels_h = column_panels(k, first.P), panels_c = column_panels(k, first.H);
   const Range all_rows = {0, schedule.active(0)};
+  const int64_t buffer_size = first.packed_hh || first.packed_hr ? k.block_buffer : 0;
 
   if (split == Split::kRows) {
     const std::vector<RowItem> items = split_rows(schedule, directions);
     parallel(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+      const Buffer<A> buffer(buffer_size);
       for (int64_t i = begin; i < end; ++i) {
         const BackwardTask<T, A>& task = tasks[items[i].direction];
         const Range rows = items[i].rows;
         for (int64_t s = 0; s < steps; ++s) {
           const int64_t t = backward_step(task, s);
-          if (s > 0) k.backward_recurrent(task, task.next(t), rows, {0, panels_h});
+          if (s > 0) k.backward_recurrent(task, task.next(t), rows, {0, panels_h}, buffer.data());
           if (task.d_hidden) {
             k.backward_output(task, t, rows);
-            k.backward_project(task, t, rows, {0, panels_c});
+            k.backward_project(task, t, rows, {0, panels_c}, buffer.data());
           }
           k.backward_cells(task, t, rows, {0, panels_c});
         }
-        if (needs_d_h_0) k.backward_recurrent(task, backward_step(task, steps - 1), rows, {0, panels_h});
+        if (needs_d_h_0) k.backward_recurrent(task, backward_step(task, steps - 1), rows, {0, panels_h}, buffer.data());
       }
     });
     return;
   }
   // Threads own hidden units. Without projection the d_h that a thread makes is all that its own cells need, so one
   // phase per step is enough; with projection each product needs the whole of the one before.
+  const Buffer<A> buffers(buffer_size * Lockstep::most_threads());
   const auto recurrent = [&](int64_t s, int64_t part, int64_t parts) {
     share_directions(directions, panels_h, part, parts, [&](int64_t d, Range panels) {
-      k.backward_recurrent(tasks[d], backward_step(tasks[d], s), all_rows, panels);
+      k.backward_recurrent(tasks[d], backward_step(tasks[d], s), all_rows, panels, buffers.data() + part * buffer_size);
     });
   };
   const int64_t phases = first.d_hidden ? 3 : 1;
@@ -408,10 +423,11 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
                   } else {
                     share_directions(directions, panels_c, part, parts, [&](int64_t d, Range panels) {
                       const int64_t t = backward_step(tasks[d], s);
+                      A* const buffer = buffers.data() + part * buffer_size;
                       if (first.d_hidden)
-                        k.backward_project(tasks[d], t, all_rows, panels);
+                        k.backward_project(tasks[d], t, all_rows, panels, buffer);
                       else if (s > 0)
-                        k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels);
+                        k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels, buffer);
                       k.backward_cells(tasks[d], t, all_rows, panels);
                     });
                   }
@@ -478,12 +494,12 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
                       const std::vector<RightFactor<T>>& rights, T* sums) {
   if (rights.empty() && !sums) return;
   const int64_t slices = ceil_div(N, kGradientDepth), deepest = terms<A>(std::min(N, kGradientDepth));
-  const int64_t units = ceil_div(columns, kGradientUnit), buffer_size = k.gradient_buffer_size(deepest);
+  const int64_t units = ceil_div(columns, kGradientUnit);
   int64_t panels = 0;  // of all right factors
   for (const RightFactor<T>& right : rights) panels += column_panels(k, right.columns);
   const int64_t multiply_adds = std::min(N, kGradientDepth) * columns * panels * 2 * k.lanes;
   const int threads = multiply_adds < kMultiplyGrain ? 1 : Lockstep::most_threads();
-  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * threads);
+  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(k.block_buffer * threads);
   std::vector<Gradient<T, A>> gradients;
   for (A* to = packed.data(); const RightFactor<T>& right : rights) {
     gradients.push_back({to, right.columns, right.out});
@@ -509,8 +525,8 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
       const Range own = share(units, part, parts);
       const Range own_columns = {own.begin * kGradientUnit, std::min(own.end * kGradientUnit, columns)};
       if (own_columns.begin < own_columns.end)
-        k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
-                        sums, first > 0);
+        k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * k.block_buffer,
+                        gradients, sums, first > 0);
     }
   });
 }
