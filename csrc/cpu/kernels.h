@@ -78,8 +78,7 @@ struct ForwardTask {
   const T* gates_x;    // [N, 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates
   const T* w_ih;       // [4H, I] as stored
   const T* w_hh;       // [4H, P] as stored
-  const A* packed_ih;  // gate panels, K = I; read only where the packed family multiplies x itself
-  const A* packed_hh;  // gate panels, K = P; read only in the packed family
+  const A* packed;     // gate panels of W_hh, where gates_x is null behind those of W_ih; only in the packed family
   const A* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
   const A* h_0;        // [B, terms(P)]
@@ -164,14 +163,15 @@ struct Kernels {
   void (*round_rows)(const T* from, int64_t rows, int64_t K, A* out);
 
   // Packing. Ranges are panels (gate panels: unit blocks), so that threads share the work.
-  void (*pack_gates)(const T* w, int64_t H, int64_t K, A* packed, Range blocks);                    // w [4H, K]
+  // w [4H, K] as terms of panels that have `depth` of them.
+  void (*pack_gates)(const T* w, int64_t H, int64_t K, A* packed, int64_t depth, Range blocks);
   void (*pack_columns)(const T* const* rows, int64_t K, int64_t columns, A* packed, Range panels);  // K rows
   void (*pack_transposed)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);         // w [columns, K]
   void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);  // either may be null
 
-  // Rows are packed, too, before they are multiplied. Elements of the buffer for that, which is one for each thread:
-  // for any product with packed weights, and for forward_cells with at most so many rows where that is more.
-  int64_t block_buffer;
+  // Rows are packed, too, before they are multiplied. Elements of the buffer for that, of which each thread has one:
+  // for a product of at most so many rows of at most so many terms with packed weights; for forward_cells.
+  int64_t (*block_buffer)(int64_t rows, int64_t depth);
   int64_t (*forward_workspace)(int64_t rows, int64_t I, int64_t P);
 
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
@@ -218,8 +218,8 @@ int64_t packed_columns_size(const Kernels<T, A>& k, int64_t K, int64_t columns) 
   return column_panels(k, columns) * terms<A>(K) * 2 * k.lanes;
 }
 template <class T, class A>
-int64_t packed_gates_size(const Kernels<T, A>& k, int64_t H, int64_t K) {
-  return unit_blocks(k, H) * terms<A>(K) * 4 * k.lanes;
+int64_t packed_gates_size(const Kernels<T, A>& k, int64_t H, int64_t depth) {
+  return unit_blocks(k, H) * depth * 4 * k.lanes;
 }
 
 }  // namespace fastlstm::cpu

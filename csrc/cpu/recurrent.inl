@@ -37,6 +37,7 @@ struct Scratch {
 // the first `longer` pieces have one more than the others.
 struct EvenSplit {
   int64_t pieces, size, longer;
+  EvenSplit() = default;
   EvenSplit(int64_t n, int64_t most) : pieces(ceil_div(n, most)), size(n / pieces), longer(n % pieces) {}
   int64_t begin(int64_t piece) const { return piece * size + std::min(piece, longer); }
   int64_t length(int64_t piece) const { return size + (piece < longer ? 1 : 0); }
@@ -96,9 +97,8 @@ void pack_half(const T* rows, int64_t units, int64_t K, A* out) {
 }
 
 template <class T, class A>
-void pack_gates(const T* w, int64_t H, int64_t K, A* packed, Range blocks) {
+void pack_gates(const T* w, int64_t H, int64_t K, A* packed, int64_t depth, Range blocks) {
   constexpr int W = kLanes<T>;
-  const int64_t depth = terms<A>(K);
   for (int64_t block = blocks.begin; block < blocks.end; ++block)
     for (int gate = 0; gate < kGates; ++gate)
       pack_half(w + (gate * H + block * W) * K, std::min<int64_t>(W, H - block * W), K,
@@ -147,17 +147,18 @@ void pack_bias(const T* b_ih, const T* b_hh, int64_t H, T* packed) {
 
 // ---------------------------------------------------------------------------------------------- register tiles
 
-// A left operand as tiles read it: cut in tiles of rows, each [terms][rows of the tile]. A gap between tiles lets their
-// beginnings fall in different sets of the cache.
+// A left operand as tiles read it: cut in tiles of rows, each [terms][rows of the tile], so that a single row is packed
+// as it lies. A gap between tiles lets their beginnings fall in different sets of the cache.
 template <class A>
 struct LeftTiles {
   EvenSplit tiles;
   int64_t depth;  // terms of a row
-  A* data;
+  const A* data;
 
-  LeftTiles(int64_t rows, int64_t depth_, A* buffer) : tiles(rows, kTileRows), depth(depth_), data(buffer) {}
-  A* at(int64_t tile, int64_t term) const {
-    return data + tiles.begin(tile) * depth + tile * kTileGap + term * tiles.length(tile);
+  LeftTiles() = default;
+  LeftTiles(int64_t rows, int64_t depth_, const A* data_) : tiles(rows, kTileRows), depth(depth_), data(data_) {}
+  int64_t offset(int64_t tile, int64_t term) const {
+    return tiles.begin(tile) * depth + tile * kTileGap + term * tiles.length(tile);
   }
   static constexpr int64_t size(int64_t rows, int64_t depth) {
     return rows * depth + ceil_div(rows, kTileRows) * kTileGap;
@@ -169,7 +170,7 @@ template <class T, class A, int kRows>
 void pack_tile(const A* rows, int64_t stride, int64_t depth, A* out) {
   constexpr int W = kLanes<T>;
   int64_t k = 0;
-  for (; k + W <= depth && kRows > 1; k += W)
+  for (; k + W <= depth; k += W)
 #pragma GCC unroll 8
     for (int first = 0; first < kRows; first += W) {
       constexpr int kMost = std::min(W, kRows);
@@ -187,25 +188,26 @@ void pack_tile(const A* rows, int64_t stride, int64_t depth, A* out) {
     for (int r = 0; r < kRows; ++r) out[k * kRows + r] = rows[r * stride + k];
 }
 
-// Packs `count` rows that lie `stride` apart.
+// Fills terms `begin` ... `begin` + `count` - 1 of `left` from rows that lie `stride` apart. They go in order: what a
+// tile has too much falls into terms that follow.
 template <class T, class A>
-LeftTiles<A> pack_left(const A* rows, int64_t stride, int64_t count, int64_t depth, A* buffer) {
-  const LeftTiles<A> left(count, depth, buffer);
-  for (int64_t i = 0; i < left.tiles.pieces; ++i) {
-    const A* const from = rows + left.tiles.begin(i) * stride;
-    A* const to = left.at(i, 0);
-    for (int64_t r = left.tiles.begin(i + 1), end = std::min(r + kTileRows, count); r < end; ++r)
-      prefetch_row(rows + r * stride, depth);
-    switch (left.tiles.length(i)) {
-      case 1: pack_tile<T, A, 1>(from, stride, depth, to); break;
-      case 2: pack_tile<T, A, 2>(from, stride, depth, to); break;
-      case 3: pack_tile<T, A, 3>(from, stride, depth, to); break;
-      case 4: pack_tile<T, A, 4>(from, stride, depth, to); break;
-      case 5: pack_tile<T, A, 5>(from, stride, depth, to); break;
-      default: pack_tile<T, A, 6>(from, stride, depth, to); break;
+void pack_left(const A* rows, int64_t stride, int64_t begin, int64_t count, const LeftTiles<A>& left, A* buffer) {
+  const EvenSplit& tiles = left.tiles;
+  const int64_t all_rows = tiles.begin(tiles.pieces);
+  for (int64_t i = 0; i < tiles.pieces; ++i) {
+    const A* const from = rows + tiles.begin(i) * stride;
+    A* const to = buffer + left.offset(i, begin);
+    for (int64_t r = tiles.begin(i + 1), end = std::min(r + kTileRows, all_rows); r < end; ++r)
+      prefetch_row(rows + r * stride, count);
+    switch (tiles.length(i)) {
+      case 1: std::copy_n(from, count, to); break;
+      case 2: pack_tile<T, A, 2>(from, stride, count, to); break;
+      case 3: pack_tile<T, A, 3>(from, stride, count, to); break;
+      case 4: pack_tile<T, A, 4>(from, stride, count, to); break;
+      case 5: pack_tile<T, A, 5>(from, stride, count, to); break;
+      default: pack_tile<T, A, 6>(from, stride, count, to); break;
     }
   }
-  return left;
 }
 
 // out[r][p][v] (+)= sum_k left[k][r] * panels[p][k][v] for `kRows` rows and `kPanels` panels, `depth` terms. Brings
@@ -325,8 +327,8 @@ void multiply_slice(const LeftTiles<A>& left, int64_t left_begin, const Panels<A
       const A* const upcoming = right + at_once * stride + i % kTermsAtOnce * W2;
       T* const to = out + tiles.begin(i) * out_stride + panel * W2;
       const auto run = [&](T* sums, int64_t sums_stride) {
-        (i < tiles.longer ? longer : shorter)(left.at(i, left_begin), right, stride, depth, sums, sums_stride,
-                                              accumulate, upcoming);
+        (i < tiles.longer ? longer : shorter)(left.data + left.offset(i, left_begin), right, stride, depth, sums,
+                                              sums_stride, accumulate, upcoming);
       };
       if (n == at_once * W2) {
         run(to, out_stride);
@@ -340,11 +342,10 @@ void multiply_slice(const LeftTiles<A>& left, int64_t left_begin, const Panels<A
   }
 }
 
-// out (+)= left * panels over all terms.
+// out = left * panels over all terms.
 template <class T, class A>
-void multiply_panels(const LeftTiles<A>& left, const Panels<A>& panels, T* out, int64_t out_stride, bool accumulate) {
-  for (int64_t k = 0; k < panels.depth; k += kDepth)
-    multiply_slice(left, k, panels, k, out, out_stride, accumulate || k > 0);
+void multiply_panels(const LeftTiles<A>& left, const Panels<A>& panels, T* out, int64_t out_stride) {
+  for (int64_t k = 0; k < panels.depth; k += kDepth) multiply_slice(left, k, panels, k, out, out_stride, k > 0);
 }
 
 // to[i] += from[i]
@@ -354,6 +355,12 @@ inline void add_row(const T* from, int64_t n, T* to) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
   if (i < n) store_first(to + i, load_first(to + i, n - i) + load_first(from + i, n - i), n - i);
+}
+
+// Elements of the buffer for the blocks of a product with so many rows and terms.
+template <class A>
+int64_t block_buffer(int64_t rows, int64_t depth) {
+  return LeftTiles<A>::size(std::min(rows, kBlockRows), std::min(depth, kDepth));
 }
 
 // out[rows] (+)= a[rows] * panels.
@@ -368,8 +375,10 @@ void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, in
   for (int64_t i = 0; i < blocks.pieces; ++i) {
     const int64_t row = rows.begin + blocks.begin(i);
     for (int64_t k = 0; k < depth; k += kDepth) {
-      const LeftTiles<A> left =
-          pack_left<T>(a + row * a_stride + k, a_stride, blocks.length(i), std::min(kDepth, depth - k), buffer);
+      const A* const slice = a + row * a_stride + k;
+      const bool single = blocks.length(i) == 1;
+      const LeftTiles<A> left(blocks.length(i), std::min(kDepth, depth - k), single ? slice : buffer);
+      if (!single) pack_left<T>(slice, a_stride, 0, left.depth, left, buffer);
       multiply_slice(left, 0, right, k, out + row * out_stride + column, out_stride, accumulate || k > 0);
     }
   }
@@ -467,7 +476,7 @@ void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns,
         for (int64_t t = 0; t < tiles.pieces; ++t) {
           const int64_t n = tiles.length(t);
           const T* const from = left + first + tiles.begin(t);
-          A* const to = packed_left.at(t, k - begin);
+          A* const to = buffer + packed_left.offset(t, k - begin);
           // Constant sizes become a few moves; other ones occur only with very few columns.
           switch (n) {
             case kTileRows: copy_term_of_columns<T, A, kTileRows>(from, left_stride, k, K, to); break;
@@ -673,21 +682,22 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
   constexpr int W = kLanes<T>;
   constexpr int64_t kGroupBlocks = kGroupPanels / 2;
   Scratch<T> scratch;
-  const int64_t offset = task.schedule->offsets[t], depth_h = terms<A>(task.P);
-  const int64_t depth_x = task.gates_x ? 0 : terms<A>(task.I), columns = (blocks.end - blocks.begin) * kGates * W;
+  const int64_t offset = task.schedule->offsets[t], depth_x = task.gates_x ? 0 : terms<A>(task.I);
+  const int64_t depth = depth_x + terms<A>(task.P), columns = (blocks.end - blocks.begin) * kGates * W;
   const A* const x = task.gates_x ? nullptr : task.x + (offset + rows.begin) * depth_x;
-  const EvenSplit passes(rows.end - rows.begin,
-                         rows_per_pass((depth_h + depth_x) * columns * static_cast<int64_t>(sizeof(A))));
+  const EvenSplit passes(rows.end - rows.begin, rows_per_pass(depth * columns * static_cast<int64_t>(sizeof(A))));
   for (int64_t i = 0; i < passes.pieces; ++i) {
     const EvenSplit chunks(passes.length(i), kChunkRows);
-    // Of each chunk of rows, h and behind it x.
-    const int64_t size_h = LeftTiles<A>::size(chunks.largest(), depth_h),
-                  size = size_h + LeftTiles<A>::size(chunks.largest(), depth_x);
+    LeftTiles<A> lefts[kFarRows / kChunkRows];  // of each chunk of rows, x and behind it h
     if (product == GateProduct::kPacked)
       for (int64_t c = 0; c < chunks.pieces; ++c) {
-        const int64_t row = passes.begin(i) + chunks.begin(c), count = chunks.length(c);
-        pack_left<T>(h + row * h_stride, h_stride, count, depth_h, workspace + c * size);
-        if (x) pack_left<T>(x + row * depth_x, depth_x, count, depth_x, workspace + c * size + size_h);
+        const int64_t row = passes.begin(i) + chunks.begin(c);
+        const A* const chunk_h = h + row * h_stride;
+        const bool single = chunks.length(c) == 1 && !x;
+        A* const buffer = workspace + c * LeftTiles<A>::size(chunks.largest(), depth);
+        lefts[c] = {chunks.length(c), depth, single ? chunk_h : buffer};
+        if (x) pack_left<T>(x + row * depth_x, depth_x, 0, depth_x, lefts[c], buffer);
+        if (!single) pack_left<T>(chunk_h, h_stride, depth_x, depth - depth_x, lefts[c], buffer);
       }
     const Groups groups = {blocks, kGroupBlocks, (t + i) % 2 == 1};
     for (int64_t g = 0; g < groups.count(); ++g) {
@@ -695,14 +705,9 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
       const int64_t column = units.begin * kGates * W, group_columns = (units.end - units.begin) * kGates * W;
       for (int64_t c = 0; c < chunks.pieces; ++c) {
         const int64_t row = passes.begin(i) + chunks.begin(c), count = chunks.length(c);
-        if (product == GateProduct::kPacked) {
-          const auto multiply = [&](A* left, const A* packed, int64_t depth, bool accumulate) {
-            multiply_panels(LeftTiles<A>(count, depth, left), Panels<A>{packed + column * depth, depth, group_columns},
-                            scratch.values, scratch.kRowStride, accumulate);
-          };
-          if (x) multiply(workspace + c * size + size_h, task.packed_ih, depth_x, false);
-          multiply(workspace + c * size, task.packed_hh, depth_h, x != nullptr);
-        }
+        if (product == GateProduct::kPacked)
+          multiply_panels(lefts[c], Panels<A>{task.packed + column * depth, depth, group_columns}, scratch.values,
+                          scratch.kRowStride);
         if constexpr (kFullPrecision<T, A>)
           if (product == GateProduct::kUnpacked)
             for (int64_t block = units.begin; block < units.end; ++block)
@@ -717,9 +722,8 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
 // Elements that forward_cells needs as workspace for at most so many rows: as many chunks as a pass may have.
 template <class A>
 int64_t forward_workspace(int64_t rows, int64_t I, int64_t P) {
-  const int64_t largest = std::min(rows, kChunkRows);
   return ceil_div(std::min(rows, kFarRows), kChunkRows) *
-         (LeftTiles<A>::size(largest, terms<A>(P)) + LeftTiles<A>::size(largest, terms<A>(I)));
+         LeftTiles<A>::size(std::min(rows, kChunkRows), terms<A>(I) + terms<A>(P));
 }
 
 template <class T, class A>
@@ -907,7 +911,7 @@ constexpr Kernels<T, A> kKernels = {
     pack_columns<T, A>,
     pack_transposed<T, A>,
     pack_bias<T>,
-    LeftTiles<A>::size(kBlockRows, kDepth),
+    block_buffer<A>,
     forward_workspace<A>,
     forward_cells<T, A>,
     forward_project<T, A>,

@@ -65,8 +65,7 @@ struct Layer {
     forward.x = data.make(B * H);
     forward.w_ih = data.make(kGates * H * H);
     forward.w_hh = data.make(kGates * H * H);
-    forward.packed_ih = data.make(packed_gates_size(k, H, H));
-    forward.packed_hh = data.make(packed_gates_size(k, H, H));
+    forward.packed = data.make(packed_gates_size(k, H, 2 * H));
     forward.bias = data.make(unit_blocks(k, H) * kGates * k.lanes);
     forward.h_0 = data.make(B * H);
     forward.c = data.make(B * H);
@@ -152,7 +151,7 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
               const T* const a = data.make(rows * K);
               const T* const packed = data.make(packed_columns_size(k, K, width));
               T* const out = data.make(rows * width);
-              T* const buffer = data.make(k.block_buffer);
+              T* const buffer = data.make(k.block_buffer(rows, K));
               return [=, &k] {
                 const Range panels = {0, column_panels(k, width)};
                 k.multiply_rows(a, K, {0, rows}, packed, K, width, panels, out, width, false, buffer);
@@ -176,7 +175,7 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
           const T* const right = data.make(packed_columns_size(k, depth, 2 * H));
           T* const out = data.make(columns * 2 * H);
           T* const sums = data.make(columns);
-          T* const buffer = data.make(k.block_buffer);
+          T* const buffer = data.make(k.block_buffer(columns / 2, depth));
           const std::vector<Gradient<T, T>> gradients = {{right, 2 * H, out}};
           return [=, &k] { k.add_gradients(left, columns, depth, {0, columns / 2}, buffer, gradients, sums, false); };
         });
@@ -184,7 +183,7 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
     add("packing W_hh", sizes_text(columns, H, 1), 0, 2 * weights, [&k, H = H, columns](Data& data) {
       const T* const w = data.make(columns * H);
       T* const packed = data.make(packed_gates_size(k, H, H));
-      return [&k, H, w, packed] { k.pack_gates(w, H, H, packed, {0, unit_blocks(k, H)}); };
+      return [&k, H, w, packed] { k.pack_gates(w, H, H, packed, H, {0, unit_blocks(k, H)}); };
     });
   }
   return all;

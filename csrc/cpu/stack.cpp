@@ -129,13 +129,13 @@ void multiply_bulk(const Kernels<T, A>& k, const A* a, int64_t rows, int64_t dep
   const int64_t panels = column_panels(k, columns), grain = kMultiplyGrain / (depth * columns) + 1;
   if (rows >= kBulkRows * thread_count())
     parallel(rows, std::max(grain, kBulkRows), [&](int64_t begin, int64_t end) {
-      const Buffer<A> buffer(k.block_buffer);
+      const Buffer<A> buffer(k.block_buffer(end - begin, depth));
       k.multiply_rows(a, depth, {begin, end}, packed, depth, columns, {0, panels}, out, columns, accumulate,
                       buffer.data());
     });
   else
     parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1, [&](int64_t begin, int64_t end) {
-      const Buffer<A> buffer(k.block_buffer);
+      const Buffer<A> buffer(k.block_buffer(rows, depth));
       k.multiply_rows(a, depth, {0, rows}, packed, depth, columns, {begin, end}, out, columns, accumulate,
                       buffer.data());
     });
@@ -181,7 +181,7 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   const auto workspace_size = [&](int64_t rows) {
     if (product == GateProduct::kUnpacked) return int64_t{0};
     const int64_t cells = k.forward_workspace(rows, first.gates_x ? 0 : first.I, first.P);
-    return first.hidden ? std::max(cells, k.block_buffer) : cells;
+    return first.hidden ? std::max(cells, k.block_buffer(rows, terms<A>(first.H))) : cells;
   };
 
   if (plan.split == Split::kRows) {
@@ -285,12 +285,12 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   const Buffer<A> restarted_h(restarts ? p.directions * p.B * width_h : 0);
   const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
   const int64_t widest_input = std::max(p.I, inner_layers > 0 ? width : 0);
-  const int64_t ih_size = plan.bulk_input ? packed_columns_size(k, widest_input, gate_columns)
-                          : packed        ? packed_gates_size(k, H, widest_input)
-                                          : 0;
-  const int64_t hh_size = packed ? packed_gates_size(k, H, P) : 0;
+  const int64_t ih_size = plan.bulk_input ? packed_columns_size(k, widest_input, gate_columns) : 0;
+  const bool fused_input = packed && !plan.bulk_input;
+  const int64_t gates_size =
+      packed ? packed_gates_size(k, H, (fused_input ? terms<A>(widest_input) : 0) + terms<A>(P)) : 0;
   const int64_t hr_size = packed && p.P > 0 ? packed_columns_size(k, H, P) : 0;
-  const Buffer<A> packs(p.directions * (ih_size + hh_size + hr_size));
+  const Buffer<A> packs(p.directions * (ih_size + gates_size + hr_size));
   Factors<T, A> h_0_factors(k), x_factors(k);
   const A* const h_0 = h_0_factors.of(stack.h_0, p.layers * p.directions * p.B, P);
 
@@ -306,12 +306,15 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
     for (int64_t d = 0; d < p.directions; ++d) {
       const int64_t index = layer * p.directions + d;
       const Weights<const T>& w = stack.weights[index];
-      A* const pack_ih = packs.data() + d * (ih_size + hh_size + hr_size);
-      A* const pack_hh = pack_ih + ih_size;
-      A* const pack_hr = pack_hh + hh_size;
-      if (packed && !plan.bulk_input)
-        pack_panels(blocks, gate_columns * I, [&](Range r) { k.pack_gates(w.w_ih, H, I, pack_ih, r); });
-      if (hh_size > 0) pack_panels(blocks, gate_columns * P, [&](Range r) { k.pack_gates(w.w_hh, H, P, pack_hh, r); });
+      A* const pack_ih = packs.data() + d * (ih_size + gates_size + hr_size);
+      A* const pack_gates = pack_ih + ih_size;
+      A* const pack_hr = pack_gates + gates_size;
+      const int64_t depth_x = fused_input ? terms<A>(I) : 0, depth = depth_x + terms<A>(P);
+      if (packed)
+        pack_panels(blocks, gate_columns * depth, [&](Range r) {
+          if (fused_input) k.pack_gates(w.w_ih, H, I, pack_gates, depth, r);
+          k.pack_gates(w.w_hh, H, P, pack_gates + depth_x * 2 * k.lanes, depth, r);
+        });
       if (hr_size > 0)
         pack_panels(column_panels(k, P), P * H, [&](Range r) { k.pack_transposed(w.w_hr, H, P, pack_hr, r); });
       T* const direction_bias = bias.data() + d * blocks * kGates * k.lanes;
@@ -335,8 +338,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.gates_x = product;
       task.w_ih = w.w_ih;
       task.w_hh = w.w_hh;
-      task.packed_ih = pack_ih;
-      task.packed_hh = pack_hh;
+      task.packed = packed ? pack_gates : nullptr;
       task.packed_hr = hr_size > 0 ? pack_hr : nullptr;
       task.bias = direction_bias;
       task.h_0 = h_0 + index * p.B * width_h;
@@ -379,7 +381,8 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
   const int64_t directions = static_cast<int64_t>(tasks.size()), steps = schedule.steps();
   const int64_t panels_h = column_panels(k, first.P), panels_c = column_panels(k, first.H);
   const Range all_rows = {0, schedule.active(0)};
-  const int64_t buffer_size = first.packed_hh || first.packed_hr ? k.block_buffer : 0;
+  const bool packed = first.packed_hh || first.packed_hr;
+  const int64_t buffer_size = packed ? k.block_buffer(all_rows.end, terms<A>(kGates * first.H)) : 0;
 
   if (split == Split::kRows) {
     const std::vector<RowItem> items = split_rows(schedule, directions);
@@ -494,12 +497,12 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
                       const std::vector<RightFactor<T>>& rights, T* sums) {
   if (rights.empty() && !sums) return;
   const int64_t slices = ceil_div(N, kGradientDepth), deepest = terms<A>(std::min(N, kGradientDepth));
-  const int64_t units = ceil_div(columns, kGradientUnit);
+  const int64_t units = ceil_div(columns, kGradientUnit), buffer_size = k.block_buffer(columns, deepest);
   int64_t panels = 0;  // of all right factors
   for (const RightFactor<T>& right : rights) panels += column_panels(k, right.columns);
   const int64_t multiply_adds = std::min(N, kGradientDepth) * columns * panels * 2 * k.lanes;
   const int threads = multiply_adds < kMultiplyGrain ? 1 : Lockstep::most_threads();
-  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(k.block_buffer * threads);
+  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * threads);
   std::vector<Gradient<T, A>> gradients;
   for (A* to = packed.data(); const RightFactor<T>& right : rights) {
     gradients.push_back({to, right.columns, right.out});
@@ -525,8 +528,8 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
       const Range own = share(units, part, parts);
       const Range own_columns = {own.begin * kGradientUnit, std::min(own.end * kGradientUnit, columns)};
       if (own_columns.begin < own_columns.end)
-        k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * k.block_buffer,
-                        gradients, sums, first > 0);
+        k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
+                        sums, first > 0);
     }
   });
 }
