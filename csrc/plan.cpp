@@ -86,16 +86,19 @@ Share share_of(const Shape& s, Split split, const Problem& p, const Machine& m) 
   return {std::ceil(s.rows / parts) * turns, s.H};
 }
 
-// Cycles of the products and the cell of one step on one core, K terms in each product. pass_rows(bytes): how many rows
-// meet weights of so many bytes together.
-template <class PassRows>
-double step_cycles(const Candidate& c, const Share& share, double K, const PassRows& pass_rows, const Problem& p,
+// Bytes of the weights that the busiest thread reads in each step, K terms in each product.
+double weight_bytes(const Candidate& c, const Share& share, double K, const Problem& p) {
+  return share.units * 4 * K * factor_bytes(c.products, p);
+}
+
+// Cycles of the products and the cell of one step on one core; pass_rows meet the weights together.
+double step_cycles(const Candidate& c, const Share& share, double K, int64_t pass_rows, const Problem& p,
                    const Machine& m) {
   const bool narrow = share.rows < 4, dots = c.family == Family::kUnpacked;
   const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
   const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
-  const double bytes = share.units * 4 * K * factor_bytes(c.products, p);
-  const double passes = std::ceil(share.rows / static_cast<double>(pass_rows(static_cast<int64_t>(bytes))));
+  const double bytes = weight_bytes(c, share, K, p);
+  const double passes = std::ceil(share.rows / static_cast<double>(pass_rows));
   const double read = passes * read_cycles(bytes, p, m);
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;
@@ -140,7 +143,8 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   if (c.family == Family::kStepwise) return bulk + s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
-  double total = s.steps * step_cycles(c, share, K, cpu::rows_per_pass, p, m) + (c.bulk_input ? bulk : 0);
+  const int64_t pass_rows = cpu::rows_per_pass(static_cast<int64_t>(weight_bytes(c, share, K, p)));
+  double total = s.steps * step_cycles(c, share, K, pass_rows, p, m) + (c.bulk_input ? bulk : 0);
   total += synchronisation_cycles(c, s, p.P > 0 ? 2 : 1, p, m);
   if (c.family == Family::kPacked)
     total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
@@ -153,9 +157,7 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
   const auto directions = static_cast<double>(p.directions);
   double total = synchronisation_cycles(c, s, p.P > 0 ? 3 : 1, p, m);
   if (c.family == Family::kPacked)
-    return total +
-           s.steps * step_cycles(
-                         c, share, s.P, [](int64_t) { return cpu::kBlockRows; }, p, m) +
+    return total + s.steps * step_cycles(c, share, s.P, cpu::kBlockRows, p, m) +
            directions * 4 * s.H * s.P * cost::kCopyPerElement / m.threads + cost::kForkJoin;
   const double outputs = share.rows * share.units * 4,
                readings = std::ceil(share.rows / static_cast<double>(cpu::kStoredRows));

@@ -169,8 +169,9 @@ struct Kernels {
   void (*pack_transposed)(const T* w, int64_t K, int64_t columns, A* packed, Range panels);         // w [columns, K]
   void (*pack_bias)(const T* b_ih, const T* b_hh, int64_t H, T* packed);  // either may be null
 
-  // Rows are packed, too, before they are multiplied. Elements of the buffer for that, of which each thread has one:
-  // for a product of at most so many rows of at most so many terms with packed weights; for forward_cells.
+  // Rows are packed, too, before they are multiplied with packed weights. Elements of the buffer for that, of which
+  // each thread has one: for a product of at most so many rows and terms; for forward_cells (I = 0: x is not
+  // multiplied).
   int64_t (*block_buffer)(int64_t rows, int64_t depth);
   int64_t (*forward_workspace)(int64_t rows, int64_t I, int64_t P);
 

@@ -147,18 +147,18 @@ void pack_bias(const T* b_ih, const T* b_hh, int64_t H, T* packed) {
 
 // ---------------------------------------------------------------------------------------------- register tiles
 
-// A left operand as tiles read it: cut in tiles of rows, each [terms][rows of the tile], so that a single row is packed
-// as it lies. A gap between tiles lets their beginnings fall in different sets of the cache.
+// A left operand as tiles read it: cut in tiles of rows, each [terms][rows of the tile]. A gap between tiles lets their
+// beginnings fall in different sets of the cache.
 template <class A>
 struct LeftTiles {
   EvenSplit tiles;
   int64_t depth;  // terms of a row
-  const A* data;
+  A* data;
 
   LeftTiles() = default;
-  LeftTiles(int64_t rows, int64_t depth_, const A* data_) : tiles(rows, kTileRows), depth(depth_), data(data_) {}
-  int64_t offset(int64_t tile, int64_t term) const {
-    return tiles.begin(tile) * depth + tile * kTileGap + term * tiles.length(tile);
+  LeftTiles(int64_t rows, int64_t depth_, A* buffer) : tiles(rows, kTileRows), depth(depth_), data(buffer) {}
+  A* at(int64_t tile, int64_t term) const {
+    return data + tiles.begin(tile) * depth + tile * kTileGap + term * tiles.length(tile);
   }
   static constexpr int64_t size(int64_t rows, int64_t depth) {
     return rows * depth + ceil_div(rows, kTileRows) * kTileGap;
@@ -169,6 +169,7 @@ struct LeftTiles {
 template <class T, class A, int kRows>
 void pack_tile(const A* rows, int64_t stride, int64_t depth, A* out) {
   constexpr int W = kLanes<T>;
+  static_assert(kTileGap >= W);
   int64_t k = 0;
   for (; k + W <= depth; k += W)
 #pragma GCC unroll 8
@@ -188,15 +189,15 @@ void pack_tile(const A* rows, int64_t stride, int64_t depth, A* out) {
     for (int r = 0; r < kRows; ++r) out[k * kRows + r] = rows[r * stride + k];
 }
 
-// Fills terms `begin` ... `begin` + `count` - 1 of `left` from rows that lie `stride` apart. They go in order: what a
+// Fills terms begin ... begin + count - 1 of `left` from rows that lie `stride` apart. Earlier terms come first: what a
 // tile has too much falls into terms that follow.
 template <class T, class A>
-void pack_left(const A* rows, int64_t stride, int64_t begin, int64_t count, const LeftTiles<A>& left, A* buffer) {
+void pack_left(const A* rows, int64_t stride, int64_t begin, int64_t count, const LeftTiles<A>& left) {
   const EvenSplit& tiles = left.tiles;
   const int64_t all_rows = tiles.begin(tiles.pieces);
   for (int64_t i = 0; i < tiles.pieces; ++i) {
     const A* const from = rows + tiles.begin(i) * stride;
-    A* const to = buffer + left.offset(i, begin);
+    A* const to = left.at(i, begin);
     for (int64_t r = tiles.begin(i + 1), end = std::min(r + kTileRows, all_rows); r < end; ++r)
       prefetch_row(rows + r * stride, count);
     switch (tiles.length(i)) {
@@ -327,8 +328,8 @@ void multiply_slice(const LeftTiles<A>& left, int64_t left_begin, const Panels<A
       const A* const upcoming = right + at_once * stride + i % kTermsAtOnce * W2;
       T* const to = out + tiles.begin(i) * out_stride + panel * W2;
       const auto run = [&](T* sums, int64_t sums_stride) {
-        (i < tiles.longer ? longer : shorter)(left.data + left.offset(i, left_begin), right, stride, depth, sums,
-                                              sums_stride, accumulate, upcoming);
+        (i < tiles.longer ? longer : shorter)(left.at(i, left_begin), right, stride, depth, sums, sums_stride,
+                                              accumulate, upcoming);
       };
       if (n == at_once * W2) {
         run(to, out_stride);
@@ -375,10 +376,8 @@ void multiply_rows(const A* a, int64_t a_stride, Range rows, const A* packed, in
   for (int64_t i = 0; i < blocks.pieces; ++i) {
     const int64_t row = rows.begin + blocks.begin(i);
     for (int64_t k = 0; k < depth; k += kDepth) {
-      const A* const slice = a + row * a_stride + k;
-      const bool single = blocks.length(i) == 1;
-      const LeftTiles<A> left(blocks.length(i), std::min(kDepth, depth - k), single ? slice : buffer);
-      if (!single) pack_left<T>(slice, a_stride, 0, left.depth, left, buffer);
+      const LeftTiles<A> left(blocks.length(i), std::min(kDepth, depth - k), buffer);
+      pack_left<T>(a + row * a_stride + k, a_stride, 0, left.depth, left);
       multiply_slice(left, 0, right, k, out + row * out_stride + column, out_stride, accumulate || k > 0);
     }
   }
@@ -476,7 +475,7 @@ void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns,
         for (int64_t t = 0; t < tiles.pieces; ++t) {
           const int64_t n = tiles.length(t);
           const T* const from = left + first + tiles.begin(t);
-          A* const to = buffer + packed_left.offset(t, k - begin);
+          A* const to = packed_left.at(t, k - begin);
           // Constant sizes become a few moves; other ones occur only with very few columns.
           switch (n) {
             case kTileRows: copy_term_of_columns<T, A, kTileRows>(from, left_stride, k, K, to); break;
@@ -692,12 +691,9 @@ void forward_segment(const ForwardTask<T, A>& task, GateProduct product, int64_t
     if (product == GateProduct::kPacked)
       for (int64_t c = 0; c < chunks.pieces; ++c) {
         const int64_t row = passes.begin(i) + chunks.begin(c);
-        const A* const chunk_h = h + row * h_stride;
-        const bool single = chunks.length(c) == 1 && !x;
-        A* const buffer = workspace + c * LeftTiles<A>::size(chunks.largest(), depth);
-        lefts[c] = {chunks.length(c), depth, single ? chunk_h : buffer};
-        if (x) pack_left<T>(x + row * depth_x, depth_x, 0, depth_x, lefts[c], buffer);
-        if (!single) pack_left<T>(chunk_h, h_stride, depth_x, depth - depth_x, lefts[c], buffer);
+        lefts[c] = {chunks.length(c), depth, workspace + c * LeftTiles<A>::size(chunks.largest(), depth)};
+        if (x) pack_left<T>(x + row * depth_x, depth_x, 0, depth_x, lefts[c]);
+        pack_left<T>(h + row * h_stride, h_stride, depth_x, depth - depth_x, lefts[c]);
       }
     const Groups groups = {blocks, kGroupBlocks, (t + i) % 2 == 1};
     for (int64_t g = 0; g < groups.count(); ++g) {

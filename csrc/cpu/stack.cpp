@@ -127,18 +127,16 @@ template <class T, class A>
 void multiply_bulk(const Kernels<T, A>& k, const A* a, int64_t rows, int64_t depth, const A* packed, int64_t columns,
                    T* out, bool accumulate) {
   const int64_t panels = column_panels(k, columns), grain = kMultiplyGrain / (depth * columns) + 1;
+  const auto multiply = [&](Range own_rows, Range own_panels) {
+    const Buffer<A> buffer(k.block_buffer(own_rows.end - own_rows.begin, depth));
+    k.multiply_rows(a, depth, own_rows, packed, depth, columns, own_panels, out, columns, accumulate, buffer.data());
+  };
   if (rows >= kBulkRows * thread_count())
-    parallel(rows, std::max(grain, kBulkRows), [&](int64_t begin, int64_t end) {
-      const Buffer<A> buffer(k.block_buffer(end - begin, depth));
-      k.multiply_rows(a, depth, {begin, end}, packed, depth, columns, {0, panels}, out, columns, accumulate,
-                      buffer.data());
-    });
+    parallel(rows, std::max(grain, kBulkRows),
+             [&](int64_t begin, int64_t end) { multiply({begin, end}, {0, panels}); });
   else
-    parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1, [&](int64_t begin, int64_t end) {
-      const Buffer<A> buffer(k.block_buffer(rows, depth));
-      k.multiply_rows(a, depth, {0, rows}, packed, depth, columns, {begin, end}, out, columns, accumulate,
-                      buffer.data());
-    });
+    parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1,
+             [&](int64_t begin, int64_t end) { multiply({0, rows}, {begin, end}); });
 }
 
 // The time steps of a pass, in order.
