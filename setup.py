@@ -1,6 +1,6 @@
-"""Builds the extension module fastlstm._C against libtorch's stable ABI.
+"""Builds the extension module fastlstm._C against the torch that is installed, 2.11 or newer.
 
-One build serves every torch from 2.11 on. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; this
+A build serves the torch it was made against. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; this
 version has CPU kernels only, so 1 is an error. FASTLSTM_SANITIZE=1 builds with the address and undefined-behaviour
 sanitizers; `make sanitize` runs the operators' tests with such a build.
 """
@@ -36,7 +36,6 @@ def main() -> None:
     if os.environ.get("FASTLSTM_SANITIZE", "0") != "1":
         sanitize = []
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
     extension = CppExtension(
         "fastlstm._C",
         SOURCES,
@@ -52,11 +51,9 @@ def main() -> None:
             "-Wall",
             "-Wextra",
             "-Wno-unused-parameter",  # torch's headers
-            f"-DTORCH_TARGET_VERSION={target}",
             f'-DFASTLSTM_TORCH_BUILT="{torch.__version__}"',
             *sanitize,
         ],
-        # No libtorch_python, whose ABI changes with every torch.
         extra_link_args=[*sanitize, *(["-Wl,--as-needed"] if sys.platform == "linux" else [])],
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -1,11 +1,12 @@
 // The Python-facing core of the extension module `_C`: planner, instruction sets, build information, and the kernels
-// one by one for tests and the roofline. Tensors never pass through here; they travel through the registered operators.
+// one by one for tests and the roofline. Tensors pass only through lstm (call.cpp), on their way to the operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 
+#include "call.h"
 #include "cpu/isa.h"
 #include "cpu/roofline.h"
 #include "plan.h"
@@ -124,11 +125,17 @@ std::tuple<Name, Name, Name, std::optional<bool>, Name> get_forced() {
   return {plan, isa, split, forced.plan.bulk_input, products};
 }
 
+PyMethodDef methods[] = {
+    {"lstm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_lstm)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Compiled core of fastlstm: operators (registered on import), planner, build information, kernels one by one.";
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
         py::arg("bf16_allowed"), py::arg("threads"), py::arg("vector_bytes") = py::none(), py::arg("bf16") = py::none(),

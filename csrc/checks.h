@@ -25,6 +25,7 @@ class Sizes {
   const int64_t* end() const { return values_.data() + count_; }
   int64_t size() const { return static_cast<int64_t>(count_); }
   int64_t operator[](int64_t d) const { return values_[static_cast<size_t>(d)]; }
+  const int64_t* data() const { return values_.data(); }
 
   Sizes then(int64_t last) const {
     Sizes longer = *this;

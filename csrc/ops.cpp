@@ -1,5 +1,5 @@
-// The schemas of the operators. Each backend registers its own implementation (cpu/cpu_ops.cpp); fakes, autograd and
-// autocast are Python's (fastlstm/_ops.py).
+// The schemas of the operators and the gradient of lstm. Each backend registers its own implementation
+// (cpu/cpu_ops.cpp); fakes, autocast and the gradient of lstm_backward are Python's (fastlstm/_ops.py).
 //
 // One call computes a whole stack of L layers and D directions.
 //   x            [T, B, I], or [N, I] with batch_sizes (int64 [T] on the CPU, non-increasing, as in a PackedSequence)
@@ -21,9 +21,136 @@
 //
 // lstm_backward returns d_x, d_h_0, d_c_0 and one gradient per weight; what `needs` marks with 0 comes back empty.
 // `needs` has an entry for x, one for the states, then one per weight.
-#include <torch/csrc/stable/library.h>
+#include "ops.h"
 
-STABLE_TORCH_LIBRARY(fastlstm, m) {
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace fastlstm {
+
+namespace {
+
+template <class Signature>
+auto find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// What lstm takes beside x, weights, h_0 and c_0.
+struct Options {
+  const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
+  int64_t num_layers;
+  bool bidirectional, has_bias, allow_bf16, save;
+};
+
+// lstm as a function of (x, h_0, c_0, weights...), whose gradient is lstm_backward. Written in C++ because Python's
+// autograd.Function takes longer than a training step of a small cell.
+struct LstmFunction : torch::autograd::Function<LstmFunction> {
+  using Context = torch::autograd::AutogradContext;
+  using Tensors = torch::autograd::variable_list;
+  static constexpr size_t kStates = 3;  // x, h_0, c_0
+  static constexpr const char* kStructure = "structure";
+
+  // `saved`: where to put what the operator saved; nobody differentiates that.
+  static Tensors forward(Context* context, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
+                         at::TensorList weights, const Options& o, std::vector<Tensor>& saved) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor y, h_n, c_n;
+    std::tie(y, h_n, c_n, saved) = lstm(x, weights, h_0, c_0, o.batch_sizes, o.lengths, o.reset_mask, o.dropout_mask,
+                                        o.num_layers, o.bidirectional, o.has_bias, o.allow_bf16, o.save);
+    Tensors kept = {x, h_0, c_0, y};
+    for (const OptionalTensor* option : {&o.batch_sizes, &o.lengths, &o.reset_mask, &o.dropout_mask})
+      kept.push_back(option->value_or(Tensor()));
+    kept.insert(kept.end(), weights.begin(), weights.end());
+    kept.insert(kept.end(), saved.begin(), saved.end());
+    context->save_for_backward(std::move(kept));
+    context->saved_data[kStructure] = std::vector<int64_t>{o.num_layers, o.bidirectional, o.has_bias, o.allow_bf16,
+                                                           static_cast<int64_t>(weights.size())};
+    context->set_materialize_grads(false);
+    return {y, h_n, c_n};
+  }
+
+  static Tensors backward(Context* context, const Tensors& d_outputs) {
+    const std::vector<int64_t> structure = context->saved_data[kStructure].toIntVector();
+    const auto weight_count = static_cast<size_t>(structure[4]);
+    Tensors gradients(kStates + weight_count + 2);  // the last two: forward's other arguments, which have none
+    const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    if (std::none_of(d_outputs.begin(), d_outputs.end(), [](const Tensor& d) { return d.defined(); })) return gradients;
+
+    const Tensors kept = context->get_saved_variables();
+    const at::TensorList weights = at::TensorList(kept).slice(8, weight_count),
+                         saved = at::TensorList(kept).slice(8 + weight_count);
+    TORCH_CHECK(!saved.empty(), "fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True");
+    const auto needed = [&](size_t input) { return context->needs_input_grad(input); };
+    std::vector<int64_t> needs = {needed(0), needed(1) || needed(2)};
+    for (size_t i = 0; i < weight_count; ++i) needs.push_back(needed(kStates + i));
+    // With create_graph=True the gradients are functions that autograd can differentiate again: those of lstm_backward.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (!c10::GradMode::is_enabled()) below_autograd.emplace();
+    auto [d_x, d_h_0, d_c_0, d_weights] =
+        lstm_backward(given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[0], weights, kept[1], kept[2],
+                      kept[3], saved, given(kept[4]), given(kept[5]), given(kept[6]), given(kept[7]), structure[0],
+                      structure[1] != 0, structure[2] != 0, structure[3] != 0, needs);
+    const auto put = [&](size_t input, Tensor& gradient) {
+      if (needed(input)) gradients[input] = std::move(gradient);
+    };
+    put(0, d_x);
+    put(1, d_h_0);
+    put(2, d_c_0);
+    for (size_t i = 0; i < weight_count; ++i) put(kStates + i, d_weights[i]);
+    return gradients;
+  }
+};
+
+ForwardResult lstm_autograd(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                            const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                            const OptionalTensor& reset_mask, const OptionalTensor& dropout_mask, int64_t num_layers,
+                            bool bidirectional, bool has_bias, bool allow_bf16, bool save) {
+  if (!needs_gradient(x, weights, h_0, c_0)) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional,
+                has_bias, allow_bf16, save);
+  }
+  const Options options = {batch_sizes,   lengths,  reset_mask, dropout_mask, num_layers,
+                           bidirectional, has_bias, allow_bf16, save};
+  std::vector<Tensor> saved;
+  auto outputs = LstmFunction::apply(x, h_0, c_0, weights, options, saved);
+  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2]), std::move(saved)};
+}
+
+}  // namespace
+
+bool needs_gradient(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0) {
+  return c10::GradMode::is_enabled() &&
+         (x.requires_grad() || h_0.requires_grad() || c_0.requires_grad() ||
+          std::any_of(weights.begin(), weights.end(), [](const Tensor& w) { return w.requires_grad(); }));
+}
+
+ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                   const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                   bool allow_bf16, bool save) {
+  static const auto call = find_operator<Forward>("fastlstm::lstm");
+  return call.call(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional,
+                   has_bias, allow_bf16, save);
+}
+
+BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
+                             const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                             const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
+                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                             const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                             bool allow_bf16, at::IntArrayRef needs) {
+  static const auto call = find_operator<Backward>("fastlstm::lstm_backward");
+  return call.call(d_y, d_h_n, d_c_n, x, weights, h_0, c_0, y, saved, batch_sizes, lengths, reset_mask, dropout_mask,
+                   num_layers, bidirectional, has_bias, allow_bf16, needs);
+}
+
+}  // namespace fastlstm
+
+TORCH_LIBRARY(fastlstm, m) {
   m.def(
       "lstm(Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, bool allow_bf16, "
@@ -35,3 +162,5 @@ STABLE_TORCH_LIBRARY(fastlstm, m) {
       "int num_layers, bool bidirectional, bool has_bias, bool allow_bf16, int[] needs) -> "
       "(Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights)");
 }
+
+TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("lstm", fastlstm::lstm_autograd); }

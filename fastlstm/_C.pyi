@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 compiler: str
 torch_built: str
 cuda: bool
@@ -24,6 +26,21 @@ def plan_for(
     bf16: bool | None = None,
     l2_bytes: int | None = None,
 ) -> dict[str, Any]: ...
+def lstm(
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    dropout_mask: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    has_bias: bool,
+    allow_bf16: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
 def apply(function: str, isa: str, values: Any) -> None: ...
 def set_forced(
     plan: str | None, isa: str | None, split: str | None, bulk_input: bool | None, products: str | None

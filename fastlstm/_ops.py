@@ -1,4 +1,4 @@
-"""The registered operators: fakes, autograd and autocast around the compiled kernels.
+"""The registered operators: fakes, autocast and second derivatives around the compiled kernels.
 
 The only user of ``torch.ops.fastlstm``. ``functional.py`` calls :func:`lstm` with arguments in the operator's
 layout; the schemas stand in ``csrc/ops.cpp``. One call is a whole stack, so that a kernel may overlap
@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlstm import _C as _C  # importing it registers the operators
 from fastlstm import checks, reference
+
+_REBUILD = "build it again with: pip install --no-build-isolation --no-deps --force-reinstall <fastlstm's directory>"
+
+try:
+    from fastlstm import _C as _C  # importing it registers the operators
+except ImportError as error:
+    message = f"fastlstm's extension module does not load into torch {torch.__version__} ({error}); {_REBUILD}"
+    raise ImportError(message) from error
+# It uses torch's C++ interface, which changes with every minor version.
+if _C.torch_built.split(".")[:2] != torch.__version__.split(".")[:2]:
+    raise ImportError(
+        f"fastlstm was built against torch {_C.torch_built} and cannot run with torch {torch.__version__}; {_REBUILD}"
+    )
 
 _lstm = torch.ops.fastlstm.lstm.default
 _lstm_backward = torch.ops.fastlstm.lstm_backward.default
@@ -33,14 +45,6 @@ class Options(NamedTuple):
     bidirectional: bool
     has_bias: bool
     allow_bf16: bool
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The options that backward saves as tensors."""
-        return self[:4]
-
-    def others(self) -> tuple[Any, ...]:
-        """The rest."""
-        return self[4:]
 
 
 def lstm(
@@ -67,24 +71,15 @@ def lstm(
     # A plain tuple: making an Options would be felt in a step of streaming inference.
     allow_bf16 = bf16_products_permitted()
     options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, allow_bf16)
-    save = torch.is_grad_enabled() and (
-        x.requires_grad or h_0.requires_grad or c_0.requires_grad or any(w.requires_grad for w in weights)
-    )
-    if torch.compiler.is_compiling():
-        y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, save)
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        _check(x, weights, h_0, c_0, Options(*options))
-        y, h_n, c_n = _reference(x, weights, h_0, c_0, Options(*options))
-    elif torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
-        y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, save)
-    elif save:
-        # The Python around an operator's registered autograd doubles the forward time of a small cell in training.
-        y, h_n, c_n = _LSTMFunction.apply(Options(*options), x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
-    elif torch.is_inference_mode_enabled():
-        y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, False)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, False)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            _check(x, weights, h_0, c_0, Options(*options))
+            return _reference(x, weights, h_0, c_0, Options(*options))
+        outputs = _C.lstm(x, list(weights), h_0, c_0, *options)
+        if outputs is not None:
+            return outputs
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *weights))
+    y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, save)
     return y, h_n, c_n
 
 
@@ -166,63 +161,18 @@ def _lstm_backward_fake(
     return gradient(x, needs[0]), gradient(h_0, needs[1]), gradient(c_0, needs[1]), d_weights
 
 
-class _LSTMFunction(torch.autograd.Function):
-    """The operator and its gradient, as a function of (options, x, h_0, c_0, *weights)."""
-
-    @staticmethod
-    def forward(ctx: Any, options: Options, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, h_0, c_0, *weights = inputs
+def _lstm_backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients as functions that can be differentiated again, which create_graph=True asks for."""
+    d_y, d_h_n, d_c_n, x, weights, h_0, c_0, _y, _saved, *options, needs = arguments
+    d_outputs, inputs = (d_y, d_h_n, d_c_n), (x, h_0, c_0, *weights)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*d_outputs, *inputs))):
         with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, saved = _lstm(x, weights, h_0, c_0, *options, True)
-        _save(ctx, options, y, saved, inputs)
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, d_outputs, ctx.needs_input_grad[1:])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weights, h_0, c_0, *options, save = inputs
-    y, _h_n, _c_n, saved = output
-    ctx.save = save
-    ctx.mark_non_differentiable(*saved)
-    _save(ctx, Options(*options), y, saved, (x, h_0, c_0, *weights))
-
-
-def _backward(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
-    if not ctx.save:
-        raise RuntimeError("fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True")
-    needs_x, needs_weights, *needs_states = ctx.needs_input_grad[:4]
-    d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_outputs[:3], [needs_x, *needs_states, *needs_weights])
-    return d_x, d_weights, d_h_0, d_c_0, *[None] * len(Options._fields), None
-
-
-def _save(ctx: Any, options: Options, y: Tensor, saved: list[Tensor], inputs: tuple[Tensor, ...]) -> None:
-    ctx.others = options.others()
-    ctx.counts = len(saved), len(options.tensors())
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y, *saved, *options.tensors(), *inputs)
-
-
-def _gradients(ctx: Any, d_outputs: tuple[Tensor | None, ...], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of x, h_0, c_0 and the weights; None for those that are not needed."""
-    if all(d is None for d in d_outputs):
-        return [None] * len(needs)
-    y, *tensors = ctx.saved_tensors
-    saved_count, option_count = ctx.counts
-    saved, tensors = tensors[:saved_count], tensors[saved_count:]
-    options, inputs = Options(*tensors[:option_count], *ctx.others), tensors[option_count:]
-    gradients: list[Tensor]
-    if torch.is_grad_enabled():  # create_graph=True: a backward that can itself be differentiated
-        gradients = _differentiable_backward(d_outputs, inputs, options)
-    else:
-        x, h_0, c_0, *weights = inputs
-        flags = [int(needs[0]), int(needs[1] or needs[2]), *map(int, needs[3:])]
-        with torch._C._AutoDispatchBelowAutograd():
-            d_x, d_h_0, d_c_0, d_weights = _lstm_backward(*d_outputs, x, weights, h_0, c_0, y, saved, *options, flags)
-        gradients = [d_x, d_h_0, d_c_0, *d_weights]
-    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+            result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _lstm_backward(*arguments)
+            return result
+    gradients = _differentiable_backward(d_outputs, inputs, Options(*options))
+    needed = [needs[0], needs[1], needs[1], *needs[2:]]
+    d_x, d_h_0, d_c_0, *d_weights = (d if n else d.new_empty(0) for d, n in zip(gradients, needed, strict=True))
+    return d_x, d_h_0, d_c_0, d_weights
 
 
 def _differentiable_backward(
@@ -267,8 +217,8 @@ def _autocast_kernel(device_type: str, exclude: torch._C.DispatchKeySet) -> Call
 def _register() -> torch.library.Library:
     torch.library.register_fake("fastlstm::lstm", _lstm_fake)
     torch.library.register_fake("fastlstm::lstm_backward", _lstm_backward_fake)
-    torch.library.register_autograd("fastlstm::lstm", _backward, setup_context=_setup_context)
     library = torch.library.Library("fastlstm", "IMPL")  # type: ignore[no-untyped-call]
+    library.impl("lstm_backward", _lstm_backward_autograd, "Autograd")  # type: ignore[no-untyped-call]
     for device_type in ("cpu", "cuda"):
         key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
         exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

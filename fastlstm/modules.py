@@ -134,9 +134,7 @@ class FastLSTM(nn.RNNBase):
             TypeError: ``reset_mask`` is packed and ``input`` is not, or the other way round.
             ValueError: both are packed, with other lengths or in another order.
         """
-        parameters: dict[str, Any] = self._parameters
-        # Pruned, parametrized and replicated weights are plain attributes or properties.
-        weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
+        weights = _weights(self, self._flat_weights_names)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, weights, hx, lengths, reset_mask)
         if isinstance(reset_mask, PackedSequence):
@@ -289,7 +287,7 @@ class FastLSTMCell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError, NotImplementedError: as :func:`fastlstm.lstm_cell`.
         """
-        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return functional.lstm_cell(input, hx, *_weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell) -> FastLSTMCell:
@@ -299,6 +297,12 @@ class FastLSTMCell(nn.RNNCellBase):
     def to_torch(self) -> nn.LSTMCell:
         """Make an nn.LSTMCell sharing this module's Parameter objects; as :meth:`FastLSTM.to_torch`."""
         return _with_parameters_of(self, FastLSTMCell, nn.LSTMCell)
+
+
+def _weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """The weights of these names: Parameters or, pruned, parametrized or replicated, attributes or properties."""
+    parameters = module._parameters  # quicker than attributes, which a step of streaming inference would feel
+    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -1,6 +1,8 @@
 """Every error message. Where nn.LSTM has one, both run and their texts are compared, so ours cannot drift."""
 
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -345,3 +347,17 @@ def test_device_without_a_kernel(monkeypatch):
 def test_conversion(make, text):
     with pytest.raises(TypeError, match=re.escape(text)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("stub", "text"),
+    [
+        ("None", "extension module does not load into torch .*build it again with: pip install --no-build-isolation"),
+        ("types.SimpleNamespace(torch_built='2.9.1')", "built against torch 2.9.1 and cannot run with torch .*build"),
+    ],
+)
+def test_an_extension_module_of_another_torch(stub, text):
+    script = f"import sys, types; sys.modules['fastlstm._C'] = {stub}; import fastlstm"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert re.search(rf"^ImportError: .*{text}", result.stderr, re.MULTILINE), result.stderr

@@ -6,9 +6,9 @@
 //
 // The driver knows sequences of different lengths only as packed rows. With `lengths`, rows are gathered into that form
 // on entry and scattered back on exit, which costs one copy of x and y.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../ops.h"
+
+#include <torch/library.h>
 
 #include <algorithm>
 #include <numeric>
@@ -27,8 +27,6 @@ namespace fastlstm::cpu {
 
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 const char* dtype_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return "float32";
@@ -41,8 +39,8 @@ const char* dtype_name(ScalarType type) {
 
 // Contiguous and of the given type; the tensor itself where it already is.
 Tensor as(const Tensor& tensor, ScalarType type) {
-  const Tensor typed = dtype_code(tensor) == dtype_code(type) ? tensor : torch::stable::to(tensor, type);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+  const Tensor typed = tensor.scalar_type() == type ? tensor : tensor.to(type);
+  return typed.is_contiguous() ? typed : typed.contiguous();
 }
 
 template <class T>
@@ -55,7 +53,7 @@ T* data(const Tensor& tensor) {
 // What both operators are called with; see ops.cpp.
 struct Call {
   const Tensor& x;
-  const std::vector<Tensor>& weights;
+  const at::TensorList weights;
   const Tensor &h_0, &c_0;
   const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
   int64_t num_layers;
@@ -216,15 +214,14 @@ Arguments parse(const Call& call, bool training) {
   a.compute_type = a.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   p.compute_bytes = a.compute_type == ScalarType::Double ? 8 : 4;
   p.bf16_allowed = a.type == ScalarType::BFloat16 || (a.type == ScalarType::Float && call.allow_bf16);
-  const int32_t code = dtype_code(call.x);
   const auto check_type = [&](const char* name, const Tensor& t) {
-    FASTLSTM_CHECK(dtype_code(t) == code, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
+    FASTLSTM_CHECK(t.scalar_type() == a.type, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
                    dtype_name(t.scalar_type()));
   };
   check_type("h_0", call.h_0);
   check_type("c_0", call.c_0);
 
-  const std::vector<Tensor>& weights = call.weights;
+  const at::TensorList weights = call.weights;
   a.per_direction = 2 + (call.has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
   FASTLSTM_CHECK(static_cast<int64_t>(weights.size()) == states * a.per_direction, "weights must be ", states, " * ",
                  a.per_direction, " tensors (L*D times W_ih, W_hh", call.has_bias ? ", b_ih, b_hh" : "",
@@ -326,7 +323,7 @@ class Outputs {
   // [*x.shape[:-1], features]; zero beyond the end of a sequence
   T* rows(const Tensor& tensor, int64_t features) {
     if (!a_.packing) return data<T>(tensor);
-    zero(tensor);
+    tensor.zero_();
     return packed(tensor, map_rows(a_, 1, features));
   }
   // [L*D, caller's B, features]; keeps what it holds for sequences of no steps. `read`: the driver reads it too.
@@ -389,8 +386,6 @@ void run(const Stack& stack, const PassPlan& plan) {
   run_pass(stack, kernels<T, T>(isa), plan);
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
-
 template <class T>
 ForwardResult forward(const Arguments& a, const Call& call) {
   const Problem& p = a.problem;
@@ -398,7 +393,7 @@ ForwardResult forward(const Arguments& a, const Call& call) {
   const Tensor y = empty(a.rows.then(width), a.compute_type);
   const auto state = [&](const Tensor& initial, int64_t features) {
     Tensor t = empty(a.states.then(features), a.compute_type);
-    if (a.packing) torch::stable::copy_(t, initial);  // what a sequence of no steps ends with
+    if (a.packing) t.copy_(initial);  // what a sequence of no steps ends with
     return t;
   };
   const Tensor h_n = state(call.h_0, out), c_n = state(call.c_0, p.H);
@@ -428,9 +423,9 @@ ForwardResult forward(const Arguments& a, const Call& call) {
   return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), std::move(saved)};
 }
 
-ForwardResult lstm(const Tensor x, const std::vector<Tensor> weights, const Tensor h_0, const Tensor c_0,
-                   const OptionalTensor batch_sizes, const OptionalTensor lengths, const OptionalTensor reset_mask,
-                   const OptionalTensor dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                   const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
                    bool allow_bf16, bool save) {
   const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
                      reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    allow_bf16};
@@ -440,24 +435,22 @@ ForwardResult lstm(const Tensor x, const std::vector<Tensor> weights, const Tens
 
 // ------------------------------------------------------------------------------------------------ backward
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
-
 struct OutputGradients {
   const OptionalTensor &y, &h_n, &c_n;
 };
 
 template <class T>
 BackwardResult backward(const Arguments& a, const Call& call, const OutputGradients& d, const Tensor& y,
-                        const std::vector<Tensor>& saved, const std::vector<int64_t>& needs) {
+                        at::TensorList saved, at::IntArrayRef needs) {
   const Problem& p = a.problem;
   const int64_t out = p.output_size();
   // The driver updates the gradients of the states in place, from those of h_n and c_n to those of h_0 and c_0.
   const auto carry = [&](const OptionalTensor& incoming, int64_t features) {
     Tensor t = empty(a.states.then(features), a.compute_type);
     if (incoming)
-      torch::stable::copy_(t, *incoming);
+      t.copy_(*incoming);
     else
-      zero(t);
+      t.zero_();
     return t;
   };
   const Tensor d_h = carry(d.h_n, out), d_c = carry(d.c_n, p.H);
@@ -494,19 +487,19 @@ BackwardResult backward(const Arguments& a, const Call& call, const OutputGradie
     run(stack, plan_backward(p, this_machine(thread_count()), forced().plan));
     outputs.finish();
   } else {
-    for (const Tensor& t : d_weights) zero(t);  // a sum over no rows
+    for (const Tensor& t : d_weights) t.zero_();  // a sum over no rows
   }
   for (Tensor& t : d_weights) t = as(t, a.type);
   const auto state = [&](const Tensor& t) { return needs[1] ? as(t, a.type) : empty({0}, a.type); };
   return {as(d_x, a.type), state(d_h), state(d_c), std::move(d_weights)};
 }
 
-BackwardResult lstm_backward(const OptionalTensor d_y, const OptionalTensor d_h_n, const OptionalTensor d_c_n,
-                             const Tensor x, const std::vector<Tensor> weights, const Tensor h_0, const Tensor c_0,
-                             const Tensor y, const std::vector<Tensor> saved, const OptionalTensor batch_sizes,
-                             const OptionalTensor lengths, const OptionalTensor reset_mask,
-                             const OptionalTensor dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                             bool allow_bf16, const std::vector<int64_t> needs) {
+BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
+                             const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                             const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
+                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                             const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                             bool allow_bf16, at::IntArrayRef needs) {
   const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
                      reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    allow_bf16};
   const Arguments a = parse(call, true);
@@ -535,7 +528,7 @@ BackwardResult lstm_backward(const OptionalTensor d_y, const OptionalTensor d_h_
 
 }  // namespace fastlstm::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
-  m.impl("lstm", TORCH_BOX(&fastlstm::cpu::lstm));
-  m.impl("lstm_backward", TORCH_BOX(&fastlstm::cpu::lstm_backward));
+TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
+  m.impl("lstm", fastlstm::cpu::lstm);
+  m.impl("lstm_backward", fastlstm::cpu::lstm_backward);
 }
