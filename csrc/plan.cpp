@@ -15,12 +15,14 @@ namespace {
 // Fitted on two cores of an AMD EPYC 7003 (AVX2, 512 KB L2) with torch 2.13.
 namespace cost {
 constexpr double kForkJoin = 8000;         // torch's parallel_for, both threads awake
-constexpr double kMeeting = 1000;          // threads in lockstep wait for each other
+constexpr double kMeeting = 1000;          // threads in lockstep meet ...
+constexpr double kWaiting = 0.02;          // ... and have waited this part of their work for the slowest
 constexpr double kLibraryCall = 12000;     // one small GEMM through aten
 constexpr double kLibraryStepRate = 0.55;  // of the FMA peak: a library GEMM with as many rows as a batch ...
 constexpr double kLibraryFewRate = 0.30;   // ... with fewer than 8
-constexpr double kTileRate = 0.92;         // packed register tiles of 4 to 6 rows
-constexpr double kNarrowTileRate = 0.70;   // packed register tiles of 1 to 3 rows
+constexpr double kTileRate = 0.92;         // packed register tiles of 5 or 6 rows ...
+constexpr double kTileRate4 = 0.86;        // ... of 4 ...
+constexpr double kNarrowTileRate = 0.70;   // ... and of 1 to 3
 constexpr double kDotRate = 0.75;          // dot products; each ends in a sum over lanes ...
 constexpr double kDotOverhead = 64;        // ... that costs as much as this many more terms
 constexpr double kL2Bytes = 26;            // bytes per cycle and core from L2 ...
@@ -31,6 +33,8 @@ constexpr double kExposedL2 = 0.05;        // part of the smaller of (multiply, 
 constexpr double kExposedL3 = 0.20;        // reading from L2, and from L3
 constexpr double kPackPerElement = 0.8;    // transposing
 constexpr double kCopyPerElement = 0.5;    // packing a matrix that is already k-major
+constexpr double kLeftPerElement = 0.4;    // packing rows that are multiplied, by each thread that multiplies them
+constexpr double kForeignBytes = 4;        // bytes per cycle of what another core has just packed, from its cache
 constexpr double kCellPerVector = 55;      // one vector of units of one row: five exponentials and as many divisions
 constexpr int64_t kPackedRows = 10;        // rows of a bulk product from which on packing its weights pays
 }  // namespace cost
@@ -91,12 +95,18 @@ double weight_bytes(const Candidate& c, const Share& share, double K, const Prob
   return share.units * 4 * K * factor_bytes(c.products, p);
 }
 
+// Part of the peak that register tiles reach, which share these rows evenly.
+double tile_rate(double rows) {
+  const double of_a_tile = rows / std::ceil(rows / 6);
+  return of_a_tile > 4 ? cost::kTileRate : of_a_tile > 3 ? cost::kTileRate4 : cost::kNarrowTileRate;
+}
+
 // Cycles of the products and the cell of one step on one core; pass_rows meet the weights together.
 double step_cycles(const Candidate& c, const Share& share, double K, int64_t pass_rows, const Problem& p,
                    const Machine& m) {
-  const bool narrow = share.rows < 4, dots = c.family == Family::kUnpacked;
+  const bool dots = c.family == Family::kUnpacked;
   const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
-  const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : narrow ? cost::kNarrowTileRate : cost::kTileRate);
+  const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : tile_rate(share.rows));
   const double bytes = weight_bytes(c, share, K, p);
   const double passes = std::ceil(share.rows / static_cast<double>(pass_rows));
   const double read = passes * read_cycles(bytes, p, m);
@@ -125,11 +135,22 @@ double library_step_cycles(const Shape& s, const Problem& p, const Machine& m) {
   return static_cast<double>(p.directions) * (step + cell) + cost::kForkJoin;
 }
 
-// Cycles that the threads of a pass spend on starting together and on waiting for each other in every phase of a step.
-double synchronisation_cycles(const Candidate& c, const Shape& s, double phases, const Problem& p, const Machine& m) {
+// Cycles that the threads of a pass spend on starting together and on waiting for each other in every phase of a step,
+// which takes step_cycles without that.
+double synchronisation_cycles(const Candidate& c, const Shape& s, double phases, double step_cycles, const Problem& p,
+                              const Machine& m) {
   if (m.threads == 1) return 0;
-  if (c.split == Split::kUnits) return cost::kForkJoin + s.steps * phases * cost::kMeeting;
+  if (c.split == Split::kUnits)
+    return cost::kForkJoin + s.steps * phases * cost::kMeeting + (s.steps - 1) * cost::kWaiting * step_cycles;
   return static_cast<double>(p.directions) * row_parts(s.rows, p, m) > 1 ? cost::kForkJoin : 0;
+}
+
+// Cycles of packing the weights of a layer, `elements` of each direction, and of fetching what other threads packed.
+double packing_cycles(const Candidate& c, double elements, double per_element, const Problem& p, const Machine& m) {
+  const auto directions = static_cast<double>(p.directions), threads = static_cast<double>(m.threads);
+  const double foreign = c.split == Split::kRows ? elements * (1 - 1 / threads) : 0;
+  return directions * elements * per_element / threads + foreign * factor_bytes(c.products, p) / cost::kForeignBytes +
+         cost::kForkJoin;
 }
 
 double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
@@ -144,27 +165,30 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
   const int64_t pass_rows = cpu::rows_per_pass(static_cast<int64_t>(weight_bytes(c, share, K, p)));
-  double total = s.steps * step_cycles(c, share, K, pass_rows, p, m) + (c.bulk_input ? bulk : 0);
-  total += synchronisation_cycles(c, s, p.P > 0 ? 2 : 1, p, m);
-  if (c.family == Family::kPacked)
-    total += directions * 4 * s.H * K * cost::kPackPerElement / m.threads + cost::kForkJoin;
-  return total;
+  double step = step_cycles(c, share, K, pass_rows, p, m), packing = 0;
+  if (c.family == Family::kPacked) {
+    step += share.rows * K * cost::kLeftPerElement;
+    packing = packing_cycles(c, 4 * s.H * K, cost::kPackPerElement, p, m);
+  }
+  return s.steps * step + packing + (c.bulk_input ? bulk : 0) +
+         synchronisation_cycles(c, s, p.P > 0 ? 2 : 1, step, p, m);
 }
 
 double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
   if (c.family == Family::kStepwise) return s.steps * library_step_cycles(s, p, m);
   const Share share = share_of(s, c.split, p, m);
-  const auto directions = static_cast<double>(p.directions);
-  double total = synchronisation_cycles(c, s, p.P > 0 ? 3 : 1, p, m);
-  if (c.family == Family::kPacked)
-    return total + s.steps * step_cycles(c, share, s.P, cpu::kBlockRows, p, m) +
-           directions * 4 * s.H * s.P * cost::kCopyPerElement / m.threads + cost::kForkJoin;
-  const double outputs = share.rows * share.units * 4,
-               readings = std::ceil(share.rows / static_cast<double>(cpu::kStoredRows));
-  const double bytes = share.units * 4 * s.P * static_cast<double>(p.compute_bytes);
-  return total +
-         s.steps * (std::max(outputs * s.P / (peak(p, m) * cost::kStoredRate), readings * bytes / cost::kStoredBytes) +
-                    share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector);
+  double step, packing = 0;
+  if (c.family == Family::kPacked) {
+    step = step_cycles(c, share, s.P, cpu::kBlockRows, p, m) + share.rows * 4 * s.H * cost::kLeftPerElement;
+    packing = packing_cycles(c, 4 * s.H * s.P, cost::kCopyPerElement, p, m);
+  } else {
+    const double outputs = share.rows * share.units * 4,
+                 readings = std::ceil(share.rows / static_cast<double>(cpu::kStoredRows));
+    const double bytes = share.units * 4 * s.P * static_cast<double>(p.compute_bytes);
+    step = std::max(outputs * s.P / (peak(p, m) * cost::kStoredRate), readings * bytes / cost::kStoredBytes) +
+           share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
+  }
+  return s.steps * step + packing + synchronisation_cycles(c, s, p.P > 0 ? 3 : 1, step, p, m);
 }
 
 // The limits of the families: the only place that states them.
