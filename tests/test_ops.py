@@ -82,6 +82,9 @@ CASES = [
     Case(T=8, B=5, I=5, H=33, D=2, lengths=(2, 0, 0, 6, 5), resets=0.4),  # no sequence reaches the end
     Case(T=6, B=3, I=5, H=12, P=7, lengths=(1, 6, 4), resets=0.3),
     Case(T=100, B=32, I=16, H=24),  # sums over 3200 rows: rounding errors grow along a chain of so many terms
+    # More rows than a chunk of a backward pass has: 4 and 3 steps, then 2, 2 and 1.
+    Case(T=7, B=250, I=3, H=5, P=2, L=2, D=2, dropout=True),
+    Case(T=5, B=400, I=4, H=6, D=2, lengths=(5,) * 99 + (4,) * 101 + (2,) * 199 + (1,), resets=0.1),
 ]
 FORCED = [(plan, isa) for plan in fastlstm.plans() for isa in fastlstm.available_isas()]
 
@@ -410,6 +413,22 @@ def test_lower_layers_are_frozen(trainable: int) -> None:
         y, _, _ = function(p.x, [*frozen, *free], p.h_0, p.c_0, **p.options)
         gradients.append(torch.autograd.grad(y.sum(), free))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("plan", fastlstm.plans())
+def test_chunks_of_steps_hand_on_gradients_that_nobody_asked_for(plan: str) -> None:
+    p = Problem.of(Case(T=7, B=250, I=3, H=5))
+    weights = [w.requires_grad_() for w in p.weights]
+
+    def gradients() -> tuple[Tensor, ...]:
+        y, _, _ = _ops.lstm(p.x, weights, p.h_0, p.c_0, **p.options)
+        return torch.autograd.grad(y.sum(), weights)
+
+    with fastlstm.force(plan):
+        alone = gradients()
+        p.h_0.requires_grad_()
+        for gradient, expected in zip(alone, gradients(), strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
 def test_undefined_output_gradients_give_undefined_gradients() -> None:

@@ -54,15 +54,16 @@ struct Restarts {
   std::vector<uint8_t> steps;  // [T]: whether any row of the step is marked
 };
 
-// Rows that steps hand on to the next step: those of all steps, or of two steps in turn.
+// Rows that steps hand on to the next step: those of adjacent steps, or of two steps in turn.
 template <class A>
 struct StepRows {
-  A* data;         // [N, stride], or [2, B, stride]
+  A* data;         // [rows, stride], or [2, B, stride]
   int64_t stride;  // elements of A from row to row
-  int64_t batch;   // B of the second form; 0 for the first
+  int64_t batch;   // B of the second form; 0 for the first, whose
+  int64_t first;   // first row is this one of all N
 
   A* at(const Schedule& schedule, int64_t t) const {
-    return data + (batch > 0 ? (t & 1) * batch : schedule.offsets[t]) * stride;
+    return data + (batch > 0 ? (t & 1) * batch : schedule.offsets[t] - first) * stride;
   }
 };
 
@@ -74,11 +75,12 @@ struct ForwardTask {
   bool reverse;              // steps run from the last to the first
   int64_t I, H, P;
 
-  const A* x;          // [N, terms(I)], contiguous
-  const T* gates_x;    // [N, 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates
-  const T* w_ih;       // [4H, I] as stored
-  const T* w_hh;       // [4H, P] as stored
-  const A* packed;     // gate panels of W_hh, where gates_x is null behind those of W_ih; only in the packed family
+  const A* x;       // [N, terms(I)], contiguous
+  T* gates_x;       // [., 4H] = x W_ih^T, or null: the kernel multiplies itself; may alias gates. Its first row is ...
+  int64_t first;    // ... this one of all N
+  const T* w_ih;    // [4H, I] as stored
+  const T* w_hh;    // [4H, P] as stored
+  const A* packed;  // gate panels of W_hh, where gates_x is null behind those of W_ih; only in the packed family
   const A* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
   const A* h_0;        // [B, terms(P)]
@@ -95,8 +97,8 @@ struct ForwardTask {
   bool restarts_at(int64_t t) const { return restarts && restarts->steps[t]; }
 };
 
-// One direction of one layer, backward: the part that runs step by step. The weight gradients are bulk products of
-// d_gates afterwards.
+// One direction of one layer, backward: the part that runs step by step, for a chunk of adjacent steps. d_x and the
+// weight gradients are bulk products of their d_gates afterwards.
 template <class T, class A>
 struct BackwardTask {
   const Schedule* schedule;
@@ -115,10 +117,11 @@ struct BackwardTask {
   int64_t d_y_stride;
   T* d_h;          // [B, P], gradient of h_t through step t+1: d_h_n on entry, d_h_0 on exit
   T* d_c;          // [B, H], d_c_n on entry, d_c_0 on exit
-  T* d_projected;  // [N, P], whole gradient of h_t; null without projection
   T* d_hidden;     // [B, H], gradient of o * tanh(c); null without projection
-  T* hidden;       // [N, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
-  T* d_gates;      // [N, 4H], out
+  int64_t first;   // the chunk's first row of all N
+  T* d_projected;  // [rows of the chunk, P], whole gradient of h_t; null without projection
+  T* hidden;       // [rows of the chunk, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
+  T* d_gates;      // [rows of the chunk, 4H], out
   // d_gates and d_projected as they are multiplied: themselves in full precision.
   StepRows<A> d_gates_terms, d_projected_terms;
 

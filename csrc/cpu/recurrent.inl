@@ -617,7 +617,7 @@ inline void state_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t bat
   for (int g = 0; g < kGates; ++g) {
     gate[g] = load(task.bias + (block * kGates + g) * W);
     if (products) gate[g] = gate[g] + load(products + g * W);
-    if (task.gates_x) gate[g] = gate[g] + get(task.gates_x + row * kGates * task.H + g * task.H + unit);
+    if (task.gates_x) gate[g] = gate[g] + get(task.gates_x + (row - task.first) * kGates * task.H + g * task.H + unit);
   }
   T* const c_row = task.c + batch * task.H + unit;
   Vec<T> c = get(c_row);
@@ -792,7 +792,7 @@ void backward_output(const BackwardTask<T, A>& task, int64_t t, Range rows) {
   rows.end = std::min(rows.end, task.schedule->active(t));
   const int64_t offset = task.schedule->offsets[t];
   for (int64_t b = rows.begin; b < rows.end; ++b) {
-    T* const d_projected = task.d_projected + (offset + b) * task.P;
+    T* const d_projected = task.d_projected + (offset + b - task.first) * task.P;
     for (int64_t p = 0; p < task.P; ++p)
       d_projected[p] = task.d_h[b * task.P + p] + (task.d_y ? task.d_y[(offset + b) * task.d_y_stride + p] : T(0));
     if constexpr (!kFullPrecision<T, A>) {
@@ -822,11 +822,11 @@ inline void backward_cell_of_units(const BackwardTask<T, A>& task, int64_t t, in
   if (task.d_y && !task.d_hidden) d_h = d_h + get(task.d_y + row * task.d_y_stride + unit);
   Vec<T> d_c = get(task.d_c + batch * H + unit);
   const Vec<T> c = get(task.cells + row * H + unit);
-  if (task.hidden) put(task.hidden + row * H + unit, gate[3] * VecMath<T>::tanh(c));
+  if (task.hidden) put(task.hidden + (row - task.first) * H + unit, gate[3] * VecMath<T>::tanh(c));
   cell_backward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c, get(c_prev + unit), d_h, d_c);
   put(task.d_c + batch * H + unit, d_c);
   for (int g = 0; g < kGates; ++g) {
-    put(task.d_gates + row * kGates * H + g * H + unit, gate[g]);
+    put(task.d_gates + (row - task.first) * kGates * H + g * H + unit, gate[g]);
     if constexpr (!kFullPrecision<T, A>) {
       const StepRows<A>& rounded = task.d_gates_terms;
       Operand<T, A>::store_values(rounded.at(*task.schedule, t) + batch * rounded.stride, g * H + unit, gate[g], n);

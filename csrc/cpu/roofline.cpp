@@ -71,7 +71,7 @@ struct Layer {
     forward.c = data.make(B * H);
     forward.y = data.make(B * H);
     forward.y_stride = H;
-    forward.h = {forward.y, H, 0};
+    forward.h = {forward.y, H, 0, 0};
     T* const gates = data.make(B * kGates * H);
     T* const cells = data.make(B * H);
     if (save) forward.gates = gates, forward.cells = cells;
@@ -130,7 +130,7 @@ std::vector<Case> cases(const Kernels<T, T>& k) {
     add("forward step, unpacked", sizes, products, weights + 4 * rows * units, step(GateProduct::kUnpacked));
     add("forward cell, training", sizes, 0, 14 * rows * units, [&k, B = B, H = H](Data& data) {
       const auto layer = std::make_shared<Layer>(k, data, B, H, true);
-      layer->forward.gates_x = layer->backward.gates;
+      layer->forward.gates_x = layer->forward.gates;
       return [&k, layer, B, H] {
         k.forward_cells(layer->forward, GateProduct::kDone, 0, {0, B}, {0, unit_blocks(k, H)}, nullptr);
       };

@@ -16,6 +16,7 @@ constexpr int64_t kPackGrain = 16384;       // elements below which a thread is 
 constexpr int64_t kMultiplyGrain = 262144;  // multiply-adds, likewise
 constexpr int64_t kBulkRows = 24;           // rows that a thread of a bulk product should have at least
 constexpr int64_t kGradientDepth = 1024;    // rows of the factors that are packed at once for a weight gradient
+constexpr int64_t kChunk = 1024;            // rows of a chunk of steps, about
 constexpr int64_t kGradientUnit = 24;       // columns of the left factor that threads share out
 
 // The part of n items that one of `parts` threads has.
@@ -56,6 +57,11 @@ std::vector<RowItem> split_rows(const Schedule& schedule, int64_t directions) {
     }
   }
   return items;
+}
+
+template <class T>
+void zero_elements(T* out, int64_t n) {
+  parallel(n, kElementwiseGrain, [&](int64_t begin, int64_t end) { std::fill(out + begin, out + end, T(0)); });
 }
 
 template <class T>
@@ -149,6 +155,21 @@ int64_t backward_step(const Task& task, int64_t s) {
   return task.reverse ? s : task.schedule->steps() - 1 - s;
 }
 
+// The rows of these steps of a pass, counted in its order, which is that of time or the opposite.
+Range rows_of_steps(const Schedule& schedule, Range steps, bool opposite) {
+  const int64_t T = schedule.steps();
+  return opposite ? Range{schedule.offsets[T - steps.end], schedule.offsets[T - steps.begin]}
+                  : Range{schedule.offsets[steps.begin], schedule.offsets[steps.end]};
+}
+
+// f(chunk) for the T steps of a pass in chunks of about kChunk rows. What bulk products write and read of a chunk stays
+// in a cache, and never needs memory for all steps.
+int64_t steps_of_chunk(const Problem& p) { return std::clamp<int64_t>(kChunk / p.B, 1, p.T); }
+template <class F>
+void for_each_chunk(int64_t T, int64_t chunk_steps, const F& f) {
+  for (int64_t begin = 0; begin < T; begin += chunk_steps) f(Range{begin, std::min(begin + chunk_steps, T)});
+}
+
 // ------------------------------------------------------------------------------------------------ forward
 
 // Before step t, where rows restart: h_{t-1} of all rows copied, zero where they do, and c_{t-1} zeroed in place.
@@ -168,8 +189,10 @@ void restart_rows(const ForwardTask<T, A>& task, int64_t t, Range rows) {
   }
 }
 
+// A chunk of the steps of all directions, counted in the order of the pass.
 template <class T, class A>
-void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T, A>& k, const PassPlan& plan) {
+void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T, A>& k, const PassPlan& plan,
+                   Range steps) {
   const ForwardTask<T, A>& first = tasks[0];
   const Schedule& schedule = *first.schedule;
   const int64_t directions = static_cast<int64_t>(tasks.size());
@@ -188,7 +211,7 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
       for (int64_t i = begin; i < end; ++i) {
         const ForwardTask<T, A>& task = tasks[items[i].direction];
         const Buffer<A> workspace(workspace_size(items[i].rows.end - items[i].rows.begin));
-        for (int64_t s = 0; s < schedule.steps(); ++s) {
+        for (int64_t s = steps.begin; s < steps.end; ++s) {
           const int64_t t = forward_step(task, s);
           restart_rows(task, t, items[i].rows);
           k.forward_cells(task, product, t, items[i].rows, {0, blocks}, workspace.data());
@@ -204,8 +227,9 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   const int64_t phases = restart_phases + 1 + (first.hidden ? 1 : 0);
   const int64_t size = workspace_size(all_rows.end);
   const Buffer<A> workspaces(size * Lockstep::most_threads());
-  Lockstep::run(Lockstep::most_threads(), schedule.steps() * phases, [&](int64_t i, int64_t part, int64_t parts) {
-    const int64_t s = i / phases, phase = i % phases - restart_phases;
+  const int64_t count = (steps.end - steps.begin) * phases;
+  Lockstep::run(Lockstep::most_threads(), count, [&](int64_t i, int64_t part, int64_t parts) {
+    const int64_t s = steps.begin + i / phases, phase = i % phases - restart_phases;
     if (phase < 0)
       share_directions(directions, all_rows.end, part, parts,
                        [&](int64_t d, Range rows) { restart_rows(tasks[d], forward_step(tasks[d], s), rows); });
@@ -220,15 +244,17 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   });
 }
 
-// gates_x += h_{t-1} W_hh^T by one library GEMM per step (two where rows start in mid-sequence), then the cell.
+// The same for one direction with library GEMMs: gates_x += h_{t-1} W_hh^T by one per step (two where rows start in
+// mid-sequence), then the cell.
 template <class T>
-void forward_stepwise(const ForwardTask<T, T>& task, T* gates_x, const T* w_hr, const Kernels<T, T>& k) {
+void forward_stepwise(const ForwardTask<T, T>& task, const T* w_hr, const Kernels<T, T>& k, Range steps) {
   const Schedule& schedule = *task.schedule;
   const Matrix<const T> w_hh = dense(task.w_hh, kGates * task.H, task.P).transposed();
   const int64_t blocks = unit_blocks(k, task.H);
-  for (int64_t s = 0; s < schedule.steps(); ++s) {
+  for (int64_t s = steps.begin; s < steps.end; ++s) {
     const int64_t t = forward_step(task, s), previous = task.previous(t), rows = schedule.active(t);
-    const Matrix<T> gates = dense(gates_x + schedule.offsets[t] * kGates * task.H, rows, kGates * task.H);
+    T* const gates_of_step = task.gates_x + (schedule.offsets[t] - task.first) * kGates * task.H;
+    const Matrix<T> gates = dense(gates_of_step, rows, kGates * task.H);
     if (task.restarts_at(t)) {
       restart_rows(task, t, {0, rows});
       matmul<T>(gates, dense<const T>(task.restarted_h, rows, task.P), w_hh, true);
@@ -275,7 +301,8 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   // Outputs of the lower layers: saved, or two buffers in turn; and the dropped copy that the next layer reads.
   const Buffer<T> outputs(stack.layer_outputs ? 0 : std::min<int64_t>(inner_layers, 2) * N * width);
   const Buffer<T> dropped(stack.dropout_mask ? N * width : 0);
-  const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * N * gate_columns : 0);
+  const int64_t chunk_steps = plan.bulk_input ? steps_of_chunk(p) : p.T, chunk_rows = chunk_steps * p.B;
+  const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * chunk_rows * gate_columns : 0);
   const int64_t width_h = terms<A>(P), width_hidden = terms<A>(H);
   const Buffer<A> hidden = zeroed_pairs<A>(p.P > 0 ? p.directions * p.B * width_hidden : 0);
   const Buffer<A> two_steps_h = zeroed_pairs<A>(kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B * width_h);
@@ -318,12 +345,9 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       T* const direction_bias = bias.data() + d * blocks * kGates * k.lanes;
       k.pack_bias(w.b_ih, w.b_hh, H, direction_bias);
       T* const saved_gates = stack.gates ? stack.gates + index * N * gate_columns : nullptr;
-      T* const product = !plan.bulk_input ? nullptr : saved_gates ? saved_gates : gates_x.data() + d * N * gate_columns;
-      if (product) {
+      if (plan.bulk_input)
         pack_panels(column_panels(k, gate_columns), gate_columns * I,
                     [&](Range r) { k.pack_transposed(w.w_ih, I, gate_columns, pack_ih, r); });
-        multiply_bulk(k, x, N, terms<A>(I), pack_ih, gate_columns, product, false);
-      }
 
       ForwardTask<T, A> task;
       task.schedule = stack.schedule;
@@ -333,7 +357,9 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.H = H;
       task.P = P;
       task.x = x;
-      task.gates_x = product;
+      task.gates_x = !plan.bulk_input ? nullptr
+                     : saved_gates    ? saved_gates
+                                      : gates_x.data() + d * chunk_rows * gate_columns;
       task.w_ih = w.w_ih;
       task.w_hh = w.w_hh;
       task.packed = packed ? pack_gates : nullptr;
@@ -346,16 +372,28 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.y = output + d * P;
       task.y_stride = width;
       if constexpr (kFullPrecision<T, A>)
-        task.h = {task.y, width, 0};
+        task.h = {task.y, width, 0, 0};
       else
-        task.h = {two_steps_h.data() + d * 2 * p.B * width_h, width_h, p.B};
+        task.h = {two_steps_h.data() + d * 2 * p.B * width_h, width_h, p.B, 0};
       task.gates = saved_gates;
       task.cells = stack.cells ? stack.cells + index * N * H : nullptr;
       tasks.push_back(task);
-      if constexpr (kFullPrecision<T, A>)
-        if (plan.family == Family::kStepwise) forward_stepwise(task, product, w.w_hr, k);
     }
-    if (plan.family != Family::kStepwise) forward_steps(tasks, k, plan);
+    for_each_chunk(p.T, chunk_steps, [&](Range steps) {
+      for (int64_t d = 0; d < p.directions && plan.bulk_input; ++d) {
+        ForwardTask<T, A>& task = tasks[d];
+        const Range rows = rows_of_steps(*task.schedule, steps, task.reverse);
+        task.first = task.gates ? 0 : rows.begin;
+        T* const product = task.gates_x + (rows.begin - task.first) * gate_columns;
+        const A* const pack_ih = packs.data() + d * (ih_size + gates_size + hr_size);
+        multiply_bulk(k, x + rows.begin * terms<A>(I), rows.end - rows.begin, terms<A>(I), pack_ih, gate_columns,
+                      product, false);
+        if constexpr (kFullPrecision<T, A>)
+          if (plan.family == Family::kStepwise)
+            forward_stepwise(task, stack.weights[layer * p.directions + d].w_hr, k, steps);
+      }
+      if (plan.family != Family::kStepwise) forward_steps(tasks, k, plan, steps);
+    });
     for (int64_t d = 0; d < p.directions; ++d)
       copy_final_states(tasks[d], stack.h_n + (layer * p.directions + d) * p.B * P);
 
@@ -371,12 +409,14 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
 
 namespace {
 
+// A chunk of the steps of all directions, counted in the order of the pass. Leaves in d_h the gradient that the step
+// behind the chunk gets through it, where that is needed.
 template <class T, class A>
-void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<T, A>& k, Split split,
-                    bool needs_d_h_0) {
+void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<T, A>& k, Split split, Range steps,
+                    bool needs_d_h) {
   const BackwardTask<T, A>& first = tasks[0];
   const Schedule& schedule = *first.schedule;
-  const int64_t directions = static_cast<int64_t>(tasks.size()), steps = schedule.steps();
+  const auto directions = static_cast<int64_t>(tasks.size());
   const int64_t panels_h = column_panels(k, first.P), panels_c = column_panels(k, first.H);
   const Range all_rows = {0, schedule.active(0)};
   const bool packed = first.packed_hh || first.packed_hr;
@@ -389,16 +429,17 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
       for (int64_t i = begin; i < end; ++i) {
         const BackwardTask<T, A>& task = tasks[items[i].direction];
         const Range rows = items[i].rows;
-        for (int64_t s = 0; s < steps; ++s) {
+        for (int64_t s = steps.begin; s < steps.end; ++s) {
           const int64_t t = backward_step(task, s);
-          if (s > 0) k.backward_recurrent(task, task.next(t), rows, {0, panels_h}, buffer.data());
+          if (s > steps.begin) k.backward_recurrent(task, task.next(t), rows, {0, panels_h}, buffer.data());
           if (task.d_hidden) {
             k.backward_output(task, t, rows);
             k.backward_project(task, t, rows, {0, panels_c}, buffer.data());
           }
           k.backward_cells(task, t, rows, {0, panels_c});
         }
-        if (needs_d_h_0) k.backward_recurrent(task, backward_step(task, steps - 1), rows, {0, panels_h}, buffer.data());
+        if (needs_d_h)
+          k.backward_recurrent(task, backward_step(task, steps.end - 1), rows, {0, panels_h}, buffer.data());
       }
     });
     return;
@@ -412,11 +453,11 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
     });
   };
   const int64_t phases = first.d_hidden ? 3 : 1;
-  Lockstep::run(Lockstep::most_threads(), steps * phases + (needs_d_h_0 ? 1 : 0),
+  Lockstep::run(Lockstep::most_threads(), (steps.end - steps.begin) * phases + (needs_d_h ? 1 : 0),
                 [&](int64_t i, int64_t part, int64_t parts) {
-                  const int64_t s = i / phases, phase = i % phases + (first.d_hidden ? 0 : 2);
-                  if (s == steps || phase == 0) {
-                    if (s > 0) recurrent(s - 1, part, parts);
+                  const int64_t s = steps.begin + i / phases, phase = i % phases + (first.d_hidden ? 0 : 2);
+                  if (s == steps.end || phase == 0) {
+                    if (s > steps.begin) recurrent(s - 1, part, parts);
                   } else if (phase == 1) {
                     share_directions(directions, all_rows.end, part, parts, [&](int64_t d, Range rows) {
                       k.backward_output(tasks[d], backward_step(tasks[d], s), rows);
@@ -427,7 +468,7 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
                       A* const buffer = buffers.data() + part * buffer_size;
                       if (first.d_hidden)
                         k.backward_project(tasks[d], t, all_rows, panels, buffer);
-                      else if (s > 0)
+                      else if (s > steps.begin)
                         k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels, buffer);
                       k.backward_cells(tasks[d], t, all_rows, panels);
                     });
@@ -435,32 +476,31 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
                 });
 }
 
+// The same for one direction, with library GEMMs.
 template <class T>
-void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w, const Kernels<T, T>& k,
-                       bool needs_d_h_0) {
+void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w, const Kernels<T, T>& k, Range steps,
+                       bool needs_d_h) {
   const Schedule& schedule = *task.schedule;
   const int64_t columns = kGates * task.H, panels = column_panels(k, task.H);
   const auto recurrent = [&](int64_t t) {
     const int64_t rows = schedule.active(t);
-    matmul<T>(dense(task.d_h, rows, task.P),
-              dense<const T>(task.d_gates + schedule.offsets[t] * columns, rows, columns),
+    matmul<T>(dense(task.d_h, rows, task.P), dense<const T>(task.d_gates_terms.at(schedule, t), rows, columns),
               dense(w.w_hh, columns, task.P));
     for (int64_t b = 0; b < rows; ++b)
       if (task.restarts_row(schedule.offsets[t] + b)) std::fill_n(task.d_h + b * task.P, task.P, T(0));
   };
-  for (int64_t s = 0; s < schedule.steps(); ++s) {
+  for (int64_t s = steps.begin; s < steps.end; ++s) {
     const int64_t t = backward_step(task, s), rows = schedule.active(t);
-    if (s > 0) recurrent(task.next(t));
+    if (s > steps.begin) recurrent(task.next(t));
     if (task.d_hidden) {
       k.backward_output(task, t, {0, rows});
       matmul<T>(dense(task.d_hidden, rows, task.H),
-                dense<const T>(task.d_projected + schedule.offsets[t] * task.P, rows, task.P),
-                dense(w.w_hr, task.P, task.H));
+                dense<const T>(task.d_projected_terms.at(schedule, t), rows, task.P), dense(w.w_hr, task.P, task.H));
     }
     parallel(rows, kElementwiseGrain / columns + 1,
              [&](int64_t begin, int64_t end) { k.backward_cells(task, t, {begin, end}, {0, panels}); });
   }
-  if (needs_d_h_0) recurrent(backward_step(task, schedule.steps() - 1));
+  if (needs_d_h) recurrent(backward_step(task, steps.end - 1));
 }
 
 // h_{t-1} of every row.
@@ -483,16 +523,16 @@ std::vector<const T*> previous_rows(const BackwardTask<T, A>& task, const T* y, 
 // One right factor of weight gradients that share their left factor.
 template <class T>
 struct RightFactor {
-  std::vector<const T*> rows;  // N of `columns` values
+  const T* const* rows;  // N of `columns` values
   int64_t columns;
   T* out;  // [columns of left, columns]
 };
 
-// Gradients of the matrices that one left factor [N, columns] goes into: out = left^T right for each right factor, and
-// sums = left^T 1 (may be null). Every element is summed in the same order, whatever the threads.
+// Gradients of the matrices that one left factor [N, columns] goes into: out (+)= left^T right for each right factor,
+// and sums (+)= left^T 1 (may be null). Every element is summed in the same order, whatever the threads.
 template <class T, class A>
 void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t columns,
-                      const std::vector<RightFactor<T>>& rights, T* sums) {
+                      const std::vector<RightFactor<T>>& rights, T* sums, bool accumulate) {
   if (rights.empty() && !sums) return;
   const int64_t slices = ceil_div(N, kGradientDepth), deepest = terms<A>(std::min(N, kGradientDepth));
   const int64_t units = ceil_div(columns, kGradientUnit), buffer_size = k.block_buffer(columns, deepest);
@@ -518,7 +558,7 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
         const int64_t count = column_panels(k, right.columns);
         const Range range = {std::clamp(own.begin - before, int64_t{0}, count),
                              std::clamp(own.end - before, int64_t{0}, count)};
-        k.pack_columns(right.rows.data() + first, K, right.columns, to, range);
+        k.pack_columns(right.rows + first, K, right.columns, to, range);
         to += count * 2 * k.lanes * deepest;
         before += count;
       }
@@ -527,8 +567,24 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
       const Range own_columns = {own.begin * kGradientUnit, std::min(own.end * kGradientUnit, columns)};
       if (own_columns.begin < own_columns.end)
         k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
-                        sums, first > 0);
+                        sums, accumulate || first > 0);
     }
+  });
+}
+
+// d_x (+)= d_gates W_ih for the rows of a chunk, from their first.
+template <class T, class A>
+void input_gradient(const Kernels<T, A>& k, const BackwardTask<T, A>& task, const T* w_ih, const A* packed_ih,
+                    int64_t rows, int64_t I, Factors<T, A>& factors, T* d_x, bool accumulate) {
+  const int64_t columns = kGates * task.H;
+  if (packed_ih) {
+    multiply_bulk(k, factors.of(task.d_gates, rows, columns), rows, terms<A>(columns), packed_ih, I, d_x, accumulate);
+    return;
+  }
+  // Reading the weights is what takes the time, so they are what is counted.
+  parallel(column_panels(k, I), kPackGrain / (2 * k.lanes * columns) + 1, [&](int64_t begin, int64_t end) {
+    const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, I)};
+    k.multiply_stored(task.d_gates, columns, rows, w_ih, columns, I, range, d_x, I, accumulate);
   });
 }
 
@@ -540,16 +596,17 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P, columns = kGates * H;
   const bool packed = plan.family == Family::kPacked, projected = p.P > 0, inner = p.layers > 1;
 
-  const Buffer<T> d_gates(p.directions * N * columns);
-  const Buffer<T> d_projected(projected ? p.directions * N * P : 0), hidden(projected ? p.directions * N * H : 0);
+  const int64_t chunk_steps = steps_of_chunk(p), chunk_rows = chunk_steps * p.B;
+  const Buffer<T> d_gates(p.directions * chunk_rows * columns), hidden(projected ? p.directions * chunk_rows * H : 0);
+  const Buffer<T> d_projected(projected ? p.directions * chunk_rows * P : 0);
   const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
   const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
   const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
   const bool pack_input = plan.pack_input;
   const int64_t widest_input = std::max(p.I, inner ? width : 0);
-  const Buffer<A> packs(p.directions * (hh_size + hr_size));
-  const Buffer<A> pack_ih(pack_input ? packed_columns_size(k, columns, widest_input) : 0);
+  const int64_t ih_size = pack_input ? packed_columns_size(k, columns, widest_input) : 0;
+  const Buffer<A> packs(p.directions * (hh_size + hr_size + ih_size));
   Factors<T, A> d_gates_factors(k);
   const int64_t width_gates = terms<A>(columns), width_projected = terms<A>(P);
   const int64_t two_steps = kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B;
@@ -571,14 +628,26 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   for (int64_t layer = p.layers - 1; layer >= lowest; --layer) {
     const int64_t I = stack.input_size(layer);
     const T* output = layer == p.layers - 1 ? stack.y : stack.layer_outputs + layer * N * width;
+    const T* mask = stack.dropout_mask && layer > 0 ? stack.dropout_mask + (layer - 1) * N * width : nullptr;
+    const T* input = layer == 0 ? stack.x : stack.layer_outputs + (layer - 1) * N * width;
+    if (mask) {
+      multiply_elements(input, mask, dropped.data(), N * width);
+      input = dropped.data();
+    }
+    T* const d_input = layer == 0 ? stack.d_x : layer > lowest ? d_outputs.data() + layer % 2 * N * width : nullptr;
     std::vector<BackwardTask<T, A>> tasks;
+    std::vector<const A*> packed_ih;            // per direction: column panels of W_ih; null where stored ones serve
+    std::vector<std::vector<const T*>> h_rows;  // per direction: h_{t-1} of every row
+    const std::vector<const T*> x_rows = row_pointers(input, N, I);
     for (int64_t d = 0; d < p.directions; ++d) {
       const int64_t index = layer * p.directions + d;
       const Weights<const T>& w = stack.weights[index];
-      A* const pack_hh = packs.data() + d * (hh_size + hr_size);
+      A* const pack_hh = packs.data() + d * (hh_size + hr_size + ih_size);
       A* const pack_hr = pack_hh + hh_size;
       if (hh_size > 0) pack_rows(k, w.w_hh, columns, P, pack_hh);
       if (hr_size > 0) pack_rows(k, w.w_hr, P, H, pack_hr);
+      packed_ih.push_back(d_input && pack_input ? pack_hr + hr_size : nullptr);
+      if (d_input && pack_input) pack_rows(k, w.w_ih, columns, I, pack_hr + hr_size);
 
       BackwardTask<T, A> task = {};
       task.schedule = stack.schedule;
@@ -597,60 +666,62 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       task.d_y_stride = width;
       task.d_h = stack.d_h + index * p.B * P;
       task.d_c = stack.d_c + index * p.B * H;
-      task.d_projected = projected ? d_projected.data() + d * N * P : nullptr;
       task.d_hidden = projected ? d_hidden.data() + d * p.B * H : nullptr;
-      task.hidden = projected ? hidden.data() + d * N * H : nullptr;
-      task.d_gates = d_gates.data() + d * N * columns;
+      task.d_projected = projected ? d_projected.data() + d * chunk_rows * P : nullptr;
+      task.hidden = projected ? hidden.data() + d * chunk_rows * H : nullptr;
+      task.d_gates = d_gates.data() + d * chunk_rows * columns;
       if constexpr (kFullPrecision<T, A>) {
-        task.d_gates_terms = {task.d_gates, columns, 0};
-        task.d_projected_terms = {task.d_projected, P, 0};
+        task.d_gates_terms = {task.d_gates, columns, 0, 0};
+        task.d_projected_terms = {task.d_projected, P, 0, 0};
       } else {
         const int64_t first_row = d * 2 * p.B;
-        task.d_gates_terms = {two_steps_d_gates.data() + first_row * width_gates, width_gates, p.B};
+        task.d_gates_terms = {two_steps_d_gates.data() + first_row * width_gates, width_gates, p.B, 0};
         if (projected)
-          task.d_projected_terms = {two_steps_d_projected.data() + first_row * width_projected, width_projected, p.B};
+          task.d_projected_terms = {two_steps_d_projected.data() + first_row * width_projected, width_projected, p.B,
+                                    0};
       }
       tasks.push_back(task);
-      if constexpr (kFullPrecision<T, A>)
-        if (plan.family == Family::kStepwise) backward_stepwise(task, w, k, stack.needs_d_h_0);
+      h_rows.push_back(previous_rows(task, output + d * P, width, stack.h_0 + index * p.B * P));
     }
-    if (plan.family != Family::kStepwise) backward_steps(tasks, k, plan.split, stack.needs_d_h_0);
 
-    // Everything that is left is bulk products over all rows.
-    const T* mask = stack.dropout_mask && layer > 0 ? stack.dropout_mask + (layer - 1) * N * width : nullptr;
-    const T* input = layer == 0 ? stack.x : stack.layer_outputs + (layer - 1) * N * width;
-    if (mask) {
-      multiply_elements(input, mask, dropped.data(), N * width);
-      input = dropped.data();
-    }
-    T* const d_input = layer == 0 ? stack.d_x : layer > lowest ? d_outputs.data() + layer % 2 * N * width : nullptr;
-    for (int64_t d = 0; d < p.directions; ++d) {
-      const int64_t index = layer * p.directions + d;
-      const Weights<T>& d_w = stack.d_weights[index];
-      const BackwardTask<T, A>& task = tasks[d];
-      const T* const w_ih = stack.weights[index].w_ih;
-      if (d_input && pack_input) {
-        pack_rows(k, w_ih, columns, I, pack_ih.data());
-        const A* const factors = d_gates_factors.of(task.d_gates, N, columns);
-        multiply_bulk(k, factors, N, terms<A>(columns), pack_ih.data(), I, d_input, d > 0);
-      } else if (d_input) {
-        // Reading the weights is what takes the time, so they are what is counted.
-        parallel(column_panels(k, I), kPackGrain / (2 * k.lanes * columns) + 1, [&](int64_t begin, int64_t end) {
-          const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, I)};
-          k.multiply_stored(task.d_gates, columns, N, w_ih, columns, I, range, d_input, I, d > 0);
-        });
+    // Two directions come to a row in either order.
+    const bool both_add = d_input && p.directions == 2;
+    if (both_add) zero_elements(d_input, N * I);
+    for_each_chunk(p.T, chunk_steps, [&](Range steps) {
+      const auto rows_of = [&](const BackwardTask<T, A>& task) {
+        return rows_of_steps(*task.schedule, steps, !task.reverse);
+      };
+      for (BackwardTask<T, A>& task : tasks)
+        task.first = task.d_gates_terms.first = task.d_projected_terms.first = rows_of(task).begin;
+      const bool needs_d_h = steps.end < p.T || stack.needs_d_h_0;
+      if constexpr (kFullPrecision<T, A>)
+        if (plan.family == Family::kStepwise)
+          for (int64_t d = 0; d < p.directions; ++d)
+            backward_stepwise(tasks[d], stack.weights[layer * p.directions + d], k, steps, needs_d_h);
+      if (plan.family != Family::kStepwise) backward_steps(tasks, k, plan.split, steps, needs_d_h);
+
+      // Everything that is left is bulk products over the rows of the chunk.
+      for (int64_t d = 0; d < p.directions; ++d) {
+        const BackwardTask<T, A>& task = tasks[d];
+        const Weights<T>& d_w = stack.d_weights[layer * p.directions + d];
+        const int64_t first = task.first, rows = rows_of(task).end - first;
+        if (d_input)
+          input_gradient(k, task, stack.weights[layer * p.directions + d].w_ih, packed_ih[d], rows, I, d_gates_factors,
+                         d_input + first * I, both_add);
+        // The two biases are added, so their gradients are the same sum over all rows.
+        T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
+        std::vector<RightFactor<T>> rights;
+        if (d_w.w_ih) rights.push_back({x_rows.data() + first, I, d_w.w_ih});
+        if (d_w.w_hh) rights.push_back({h_rows[d].data() + first, P, d_w.w_hh});
+        weight_gradients(k, task.d_gates, rows, columns, rights, d_bias, steps.begin > 0);
+        if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, columns, d_w.b_hh);
+        if (d_w.w_hr) {
+          const std::vector<const T*> hidden_rows = row_pointers<T>(task.hidden, rows, H);
+          weight_gradients<T, A>(k, task.d_projected, rows, P, {{hidden_rows.data(), H, d_w.w_hr}}, nullptr,
+                                 steps.begin > 0);
+        }
       }
-      // The two biases are added, so their gradients are the same sum over all rows.
-      T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
-      std::vector<RightFactor<T>> rights;
-      if (d_w.w_ih) rights.push_back({row_pointers(input, N, I), I, d_w.w_ih});
-      if (d_w.w_hh)
-        rights.push_back({previous_rows(task, output + d * P, width, stack.h_0 + index * p.B * P), P, d_w.w_hh});
-      weight_gradients(k, task.d_gates, N, columns, rights, d_bias);
-      if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, columns, d_w.b_hh);
-      if (d_w.w_hr)
-        weight_gradients<T, A>(k, task.d_projected, N, P, {{row_pointers<T>(task.hidden, N, H), H, d_w.w_hr}}, nullptr);
-    }
+    });
     if (mask && d_input) multiply_elements<T>(d_input, mask, d_input, N * width);
     d_output = d_input;
   }
