@@ -20,8 +20,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-# The operators' tests with kernels built for the address and undefined-behaviour sanitizers. GCC's runtime library has
-# to come before all others; Python itself is not free of leaks.
+# The operators' tests with kernels built for the address and undefined-behaviour sanitizers, AVX-512 emulated. GCC's
+# runtime library has to come before all others; Python itself is not free of leaks.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/installed
 	FASTLSTM_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -2,7 +2,7 @@
 
 A build serves the torch it was made against. FASTLSTM_CUDA=0|1 forces building without or with CUDA kernels; this
 version has CPU kernels only, so 1 is an error. FASTLSTM_SANITIZE=1 builds with the address and undefined-behaviour
-sanitizers; `make sanitize` runs the operators' tests with such a build.
+sanitizers and with AVX-512 emulated; `make sanitize` runs the operators' tests with such a build. It needs AVX2.
 """
 
 import os
@@ -33,6 +33,8 @@ def main() -> None:
     if cuda == "1":
         sys.exit("FASTLSTM_CUDA=1, but this version of fastlstm has no CUDA kernels")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+    sanitize += ["-fno-wrapv"]  # Python's own -fwrapv defines signed overflow, and compiles for minutes
+    sanitize += ["-DFASTLSTM_EMULATE_AVX512"]  # all kernels, whatever the machine has
     if os.environ.get("FASTLSTM_SANITIZE", "0") != "1":
         sanitize = []
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

@@ -34,7 +34,7 @@ PyObject* call_lstm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   // the schema says an error of its own: all that is for torch.ops.
   PyObject* const list = arguments[kWeights];
   if (at::impl::torch_function_mode_enabled() || !PyList_CheckExact(list)) Py_RETURN_NONE;
-  PyObject* const* const items = &PyList_GET_ITEM(list, 0);
+  PyObject* const* const items = PySequence_Fast_ITEMS(list);
   const Py_ssize_t weight_count = PyList_GET_SIZE(list);
   const auto plain = [](PyObject* object) { return THPVariable_CheckExact(object); };
   const auto absent_or_plain = [&](PyObject* object) { return object == Py_None || plain(object); };

@@ -50,8 +50,12 @@ struct Options {
 struct LstmFunction : torch::autograd::Function<LstmFunction> {
   using Context = torch::autograd::AutogradContext;
   using Tensors = torch::autograd::variable_list;
-  static constexpr size_t kStates = 3;  // x, h_0, c_0
+  // What is kept for backward: these tensors, then the weights, then what the operator saved.
+  enum Kept : size_t { kX, kH0, kC0, kY, kBatchSizes, kLengths, kResetMask, kDropoutMask, kWeights };
+  // And these numbers, as a vector of this name.
+  enum Structure : size_t { kNumLayers, kBidirectional, kHasBias, kAllowBf16, kWeightCount };
   static constexpr const char* kStructure = "structure";
+  static constexpr size_t kInputs = 3;  // x, h_0 and c_0; of the inputs the weights come behind them
 
   // `saved`: where to put what the operator saved; nobody differentiates that.
   static Tensors forward(Context* context, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
@@ -74,32 +78,33 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
 
   static Tensors backward(Context* context, const Tensors& d_outputs) {
     const std::vector<int64_t> structure = context->saved_data[kStructure].toIntVector();
-    const auto weight_count = static_cast<size_t>(structure[4]);
-    Tensors gradients(kStates + weight_count + 2);  // the last two: forward's other arguments, which have none
+    const auto weight_count = static_cast<size_t>(structure[kWeightCount]);
+    Tensors gradients(kInputs + weight_count + 2);  // the last two: forward's other arguments, which have none
     const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     if (std::none_of(d_outputs.begin(), d_outputs.end(), [](const Tensor& d) { return d.defined(); })) return gradients;
 
     const Tensors kept = context->get_saved_variables();
-    const at::TensorList weights = at::TensorList(kept).slice(8, weight_count),
-                         saved = at::TensorList(kept).slice(8 + weight_count);
+    const at::TensorList weights = at::TensorList(kept).slice(kWeights, weight_count),
+                         saved = at::TensorList(kept).slice(kWeights + weight_count);
     TORCH_CHECK(!saved.empty(), "fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True");
     const auto needed = [&](size_t input) { return context->needs_input_grad(input); };
     std::vector<int64_t> needs = {needed(0), needed(1) || needed(2)};
-    for (size_t i = 0; i < weight_count; ++i) needs.push_back(needed(kStates + i));
+    for (size_t i = 0; i < weight_count; ++i) needs.push_back(needed(kInputs + i));
     // With create_graph=True the gradients are functions that autograd can differentiate again: those of lstm_backward.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
     auto [d_x, d_h_0, d_c_0, d_weights] =
-        lstm_backward(given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[0], weights, kept[1], kept[2],
-                      kept[3], saved, given(kept[4]), given(kept[5]), given(kept[6]), given(kept[7]), structure[0],
-                      structure[1] != 0, structure[2] != 0, structure[3] != 0, needs);
+        lstm_backward(given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[kX], weights, kept[kH0],
+                      kept[kC0], kept[kY], saved, given(kept[kBatchSizes]), given(kept[kLengths]),
+                      given(kept[kResetMask]), given(kept[kDropoutMask]), structure[kNumLayers],
+                      structure[kBidirectional] != 0, structure[kHasBias] != 0, structure[kAllowBf16] != 0, needs);
     const auto put = [&](size_t input, Tensor& gradient) {
       if (needed(input)) gradients[input] = std::move(gradient);
     };
     put(0, d_x);
     put(1, d_h_0);
     put(2, d_c_0);
-    for (size_t i = 0; i < weight_count; ++i) put(kStates + i, d_weights[i]);
+    for (size_t i = 0; i < weight_count; ++i) put(kInputs + i, d_weights[i]);
     return gradients;
   }
 };

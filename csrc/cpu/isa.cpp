@@ -41,7 +41,9 @@ std::vector<Isa> compiled_isas() {
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas = {Isa::kScalar};
-#if defined(__x86_64__)
+#if defined(FASTLSTM_EMULATE_AVX512)
+  isas = compiled_isas();
+#elif defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     isas.push_back(Isa::kAvx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -11,7 +12,11 @@
 
 #include "kernels.h"
 
-#if defined(__clang__)
+#if defined(FASTLSTM_EMULATE_AVX512)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions of this file only
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), \
                              apply_to = function)
 #else
@@ -23,17 +28,9 @@
 
 namespace fastlstm::cpu::avx512 {
 
-constexpr int kVectorBytes = 64;
-constexpr bool kNativeBf16 = false;
-constexpr int kAccumulators = 24;  // of 32 registers
+#include "avx512.h"
 
-inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
-// With a mask of all lanes: the plain forms start from an undefined vector, which GCC 12 warns about.
-inline __m512 larger(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xffff, a, b); }
-inline __m512d larger(__m512d a, __m512d b) { return _mm512_maskz_max_pd(0xff, a, b); }
-inline __m512 smaller(__m512 a, __m512 b) { return _mm512_maskz_min_ps(0xffff, a, b); }
-inline __m512d smaller(__m512d a, __m512d b) { return _mm512_maskz_min_pd(0xff, a, b); }
+constexpr bool kNativeBf16 = false;
 
 #include "recurrent.inl"
 
@@ -47,7 +44,7 @@ const Kernels<double, double> kDouble = kKernels<double, double>;
 
 }  // namespace fastlstm::cpu::avx512
 
-#if defined(__clang__)
+#if defined(__clang__) && !defined(FASTLSTM_EMULATE_AVX512)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
