@@ -16,7 +16,7 @@ constexpr int64_t kPackGrain = 16384;       // elements below which a thread is 
 constexpr int64_t kMultiplyGrain = 262144;  // multiply-adds, likewise
 constexpr int64_t kBulkRows = 24;           // rows that a thread of a bulk product should have at least
 constexpr int64_t kGradientDepth = 1024;    // rows of the factors that are packed at once for a weight gradient
-constexpr int64_t kChunk = 1024;            // rows of a chunk of steps, about
+constexpr int64_t kChunk = 1024;            // rows of a chunk of steps
 constexpr int64_t kGradientUnit = 24;       // columns of the left factor that threads share out
 
 // The part of n items that one of `parts` threads has.
@@ -162,9 +162,11 @@ Range rows_of_steps(const Schedule& schedule, Range steps, bool opposite) {
                   : Range{schedule.offsets[steps.begin], schedule.offsets[steps.end]};
 }
 
-// f(chunk) for the T steps of a pass in chunks of about kChunk rows. What bulk products write and read of a chunk stays
-// in a cache, and never needs memory for all steps.
+// Steps of a chunk, which has about kChunk rows. What bulk products write and read of a chunk stays in a cache, and
+// never needs memory for all steps.
 int64_t steps_of_chunk(const Problem& p) { return std::clamp<int64_t>(kChunk / p.B, 1, p.T); }
+
+// f(chunk) for the T steps of a pass, in order.
 template <class F>
 void for_each_chunk(int64_t T, int64_t chunk_steps, const F& f) {
   for (int64_t begin = 0; begin < T; begin += chunk_steps) f(Range{begin, std::min(begin + chunk_steps, T)});
