@@ -3,7 +3,7 @@
     python benchmarks/memory.py --json FILE
 
 Each figure comes from a process of its own: the peak of its resident memory while the call runs three times, less what
-was resident before. Both contenders have run on a tiny shape by then, so libraries and thread stacks are not counted.
+was resident before. The contender has run on a tiny shape by then, so libraries and thread stacks are not counted.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ PyObject* call_lstm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   ForwardResult result;
   try {
     const pybind11::gil_scoped_release released;
-    result = lstm(x, weights, h_0, c_0, options[0], options[1], options[2], options[3], num_layers, flags[0], flags[1],
-                  flags[2], needs_gradient(x, weights, h_0, c_0));
+    result = lstm_operator().call(x, weights, h_0, c_0, options[0], options[1], options[2], options[3], num_layers,
+                                  flags[0], flags[1], flags[2], needs_gradient(x, weights, h_0, c_0));
   } catch (const std::invalid_argument& error) {  // which torch's handler would make a RuntimeError
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;

@@ -33,11 +33,6 @@ namespace fastlstm {
 
 namespace {
 
-template <class Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 // What lstm takes beside x, weights, h_0 and c_0.
 struct Options {
   const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
@@ -62,8 +57,9 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
                          at::TensorList weights, const Options& o, std::vector<Tensor>& saved) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor y, h_n, c_n;
-    std::tie(y, h_n, c_n, saved) = lstm(x, weights, h_0, c_0, o.batch_sizes, o.lengths, o.reset_mask, o.dropout_mask,
-                                        o.num_layers, o.bidirectional, o.has_bias, o.allow_bf16, o.save);
+    std::tie(y, h_n, c_n, saved) =
+        lstm_operator().call(x, weights, h_0, c_0, o.batch_sizes, o.lengths, o.reset_mask, o.dropout_mask, o.num_layers,
+                             o.bidirectional, o.has_bias, o.allow_bf16, o.save);
     Tensors kept = {x, h_0, c_0, y};
     for (const OptionalTensor* option : {&o.batch_sizes, &o.lengths, &o.reset_mask, &o.dropout_mask})
       kept.push_back(option->value_or(Tensor()));
@@ -93,11 +89,11 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
     // With create_graph=True the gradients are functions that autograd can differentiate again: those of lstm_backward.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
-    auto [d_x, d_h_0, d_c_0, d_weights] =
-        lstm_backward(given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[kX], weights, kept[kH0],
-                      kept[kC0], kept[kY], saved, given(kept[kBatchSizes]), given(kept[kLengths]),
-                      given(kept[kResetMask]), given(kept[kDropoutMask]), structure[kNumLayers],
-                      structure[kBidirectional] != 0, structure[kHasBias] != 0, structure[kAllowBf16] != 0, needs);
+    auto [d_x, d_h_0, d_c_0, d_weights] = lstm_backward_operator().call(
+        given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[kX], weights, kept[kH0], kept[kC0],
+        kept[kY], saved, given(kept[kBatchSizes]), given(kept[kLengths]), given(kept[kResetMask]),
+        given(kept[kDropoutMask]), structure[kNumLayers], structure[kBidirectional] != 0, structure[kHasBias] != 0,
+        structure[kAllowBf16] != 0, needs);
     const auto put = [&](size_t input, Tensor& gradient) {
       if (needed(input)) gradients[input] = std::move(gradient);
     };
@@ -115,8 +111,8 @@ ForwardResult lstm_autograd(const Tensor& x, at::TensorList weights, const Tenso
                             bool bidirectional, bool has_bias, bool allow_bf16, bool save) {
   if (!needs_gradient(x, weights, h_0, c_0)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return lstm(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional,
-                has_bias, allow_bf16, save);
+    return lstm_operator().call(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers,
+                                bidirectional, has_bias, allow_bf16, save);
   }
   const Options options = {batch_sizes,   lengths,  reset_mask, dropout_mask, num_layers,
                            bidirectional, has_bias, allow_bf16, save};
@@ -133,24 +129,15 @@ bool needs_gradient(const Tensor& x, at::TensorList weights, const Tensor& h_0, 
           std::any_of(weights.begin(), weights.end(), [](const Tensor& w) { return w.requires_grad(); }));
 }
 
-ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                   bool allow_bf16, bool save) {
-  static const auto call = find_operator<Forward>("fastlstm::lstm");
-  return call.call(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional,
-                   has_bias, allow_bf16, save);
+const c10::TypedOperatorHandle<Forward>& lstm_operator() {
+  static const auto found = c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::lstm", "").typed<Forward>();
+  return found;
 }
 
-BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
-                             const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                             const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
-                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                             const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                             bool allow_bf16, at::IntArrayRef needs) {
-  static const auto call = find_operator<Backward>("fastlstm::lstm_backward");
-  return call.call(d_y, d_h_n, d_c_n, x, weights, h_0, c_0, y, saved, batch_sizes, lengths, reset_mask, dropout_mask,
-                   num_layers, bidirectional, has_bias, allow_bf16, needs);
+const c10::TypedOperatorHandle<Backward>& lstm_backward_operator() {
+  static const auto found =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::lstm_backward", "").typed<Backward>();
+  return found;
 }
 
 }  // namespace fastlstm

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <cstdint>
 #include <optional>
@@ -32,8 +33,8 @@ using Backward = BackwardResult(const OptionalTensor& d_y, const OptionalTensor&
                                 bool has_bias, bool allow_bf16, at::IntArrayRef needs);
 
 // The operators as their users call them: with autocast, autograd and what else applies.
-Forward lstm;
-Backward lstm_backward;
+const c10::TypedOperatorHandle<Forward>& lstm_operator();
+const c10::TypedOperatorHandle<Backward>& lstm_backward_operator();
 
 // Whether autograd will ask for a gradient of these, so that lstm has to save what it takes.
 bool needs_gradient(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0);

@@ -15,7 +15,6 @@
 #if defined(FASTLSTM_EMULATE_AVX512)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions of this file only
 #elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), \
                              apply_to = function)

@@ -351,7 +351,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
         pack_panels(column_panels(k, gate_columns), gate_columns * I,
                     [&](Range r) { k.pack_transposed(w.w_ih, I, gate_columns, pack_ih, r); });
 
-      ForwardTask<T, A> task;
+      ForwardTask<T, A> task = {};
       task.schedule = stack.schedule;
       task.restarts = stack.restarts[d];
       task.reverse = d == 1;
@@ -390,10 +390,11 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
         const A* const pack_ih = packs.data() + d * (ih_size + gates_size + hr_size);
         multiply_bulk(k, x + rows.begin * terms<A>(I), rows.end - rows.begin, terms<A>(I), pack_ih, gate_columns,
                       product, false);
-        if constexpr (kFullPrecision<T, A>)
-          if (plan.family == Family::kStepwise)
-            forward_stepwise(task, stack.weights[layer * p.directions + d].w_hr, k, steps);
       }
+      if constexpr (kFullPrecision<T, A>)
+        if (plan.family == Family::kStepwise)
+          for (int64_t d = 0; d < p.directions; ++d)
+            forward_stepwise(tasks[d], stack.weights[layer * p.directions + d].w_hr, k, steps);
       if (plan.family != Family::kStepwise) forward_steps(tasks, k, plan, steps);
     });
     for (int64_t d = 0; d < p.directions; ++d)
