@@ -416,6 +416,17 @@ def test_lower_layers_are_frozen(trainable: int) -> None:
 
 
 @pytest.mark.parametrize("plan", fastlstm.plans())
+def test_input_products_of_chunks(plan: str) -> None:
+    """In inference they stand in a buffer of a chunk, in training where the gates of all steps are saved."""
+    p = Problem.of(Case(T=7, B=250, I=3, H=5, L=2, D=2))
+    with fastlstm.force(plan, bulk_input=True):
+        inference = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options)
+        training = _ops.lstm(p.x.requires_grad_(), p.weights, p.h_0, p.c_0, **p.options)
+    for output, expected in zip(inference, training, strict=True):
+        torch.testing.assert_close(output, expected.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("plan", fastlstm.plans())
 def test_chunks_of_steps_hand_on_gradients_that_nobody_asked_for(plan: str) -> None:
     p = Problem.of(Case(T=7, B=250, I=3, H=5))
     weights = [w.requires_grad_() for w in p.weights]
