@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH_STAMP := $(VENV)/$(subst =,_,$(TORCH)).installed
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test sanitize lint format bench clean
+.PHONY: demo test sanitize lint format bench gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastlstm demo
@@ -45,6 +45,11 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/fastlstm bench --shapes all --json $(RESULTS).json
 	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png
+
+# On a machine with an NVIDIA GPU, whose own Python has a torch for CUDA: builds in place, tests, measures; see gpu.sh.
+OUT ?= build/gpu
+gpu:
+	PYTHON="$(PYTHON)" benchmarks/gpu.sh "$(OUT)"
 
 clean:
 	rm -rf $(VENV) build fastlstm/*.so fastlstm.egg-info

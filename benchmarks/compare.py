@@ -22,6 +22,7 @@ _CONTEXT = (
     ("machine", "cores"),
     ("machine", "gpu"),
     ("versions", "torch"),
+    ("versions", "cudnn"),
     ("versions", "fastlstm"),
     ("flags", "threads"),
     ("flags", "isa"),

@@ -4,12 +4,19 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "call.h"
 #include "cpu/isa.h"
 #include "cpu/roofline.h"
+#include "cuda/plan.h"
 #include "plan.h"
+#ifdef FASTLSTM_CUDA
+#include "cuda/runtime.h"
+#endif
 
 namespace py = pybind11;
 
@@ -64,17 +71,71 @@ py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t
   return d;
 }
 
+// The limits of a GPU of this machine.
+std::tuple<int, int, double> cuda_device(int index) {
+#ifdef FASTLSTM_CUDA
+  const cuda::Device& limits = cuda::limits_of(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
+  return {limits.sms, limits.shared_bytes, limits.gigahertz};
+#else
+  throw std::invalid_argument("device must be the name of a GPU model: this build of fastlstm has no CUDA kernels");
+#endif
+}
+
+py::dict cuda_pass_to_dict(const cuda::PassPlan& pass, const Problem& problem) {
+  py::dict d;
+  d["family"] = cuda::family_name(pass.family);
+  d["octets"] = pass.team.octets;
+  d["tiles"] = pass.team.tiles;
+  d["groups"] = pass.groups;
+  d["ctas"] = pass.ctas;
+  d["shared_bytes"] = pass.shared_bytes;
+  d["waves"] = pass.waves;
+  d["microseconds"] = pass.microseconds;
+  d["text"] = cuda::describe(pass, problem);
+  return d;
+}
+
+py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
+                       const std::string& element_text, bool training, int sms, int shared_bytes, double gigahertz) {
+  const int64_t compute_bytes = element_text == "float64" ? 8 : 4;
+  const Problem problem = {T, B, T * B, I, H, P, layers, directions, compute_bytes, training, false};
+  const auto element = parse_name("element", element_text, cuda::elements(), cuda::element_name);
+  const cuda::Device device = {sms, shared_bytes, gigahertz};
+  py::dict d;
+  d["forward"] = cuda_pass_to_dict(cuda::plan_forward(problem, element, device, cuda::forced()), problem);
+  d["backward"] = py::none();
+  if (training)
+    d["backward"] = cuda_pass_to_dict(cuda::plan_backward(problem, element, device, cuda::forced()), problem);
+  return d;
+}
+
 using Name = std::optional<std::string>;
 
+// A family of either device, or of both; each obeys if it has one of this name.
 void set_forced(const Name& plan, const Name& isa, const Name& split, std::optional<bool> bulk_input,
-                const Name& products) {
+                const Name& products, std::optional<int> octets, std::optional<int> tiles, std::optional<int> groups) {
   cpu::Forced forced;
-  if (plan) forced.plan.family = parse_name("plan", *plan, families(), family_name);
+  cuda::Constraints cuda_forced;
+  const auto find = [&](auto& family, const auto& known, const auto& name_of) {
+    for (const auto f : known)
+      if (*plan == name_of(f)) family = f;
+  };
+  if (plan) {
+    find(forced.plan.family, families(), family_name);
+    find(cuda_forced.family, cuda::families(), cuda::family_name);
+    if (!forced.plan.family && !cuda_forced.family)
+      throw std::invalid_argument("plan must be one of 'stepwise', 'packed', 'unpacked' (CPU), 'resident', " +
+                                  ("'persistent' (CUDA), got '" + *plan + "'"));
+  }
   if (isa) forced.isa = parse_name("isa", *isa, cpu::available_isas(), cpu::isa_name);
   if (split) forced.plan.split = parse_name("split", *split, splits(), split_name);
   forced.plan.bulk_input = bulk_input;
   if (products) forced.plan.products = parse_name("products", *products, all_products(), products_name);
+  cuda_forced.octets = octets;
+  cuda_forced.tiles = tiles;
+  cuda_forced.groups = groups;
   cpu::set_forced(forced);
+  cuda::set_forced(cuda_forced);
 }
 
 template <class T>
@@ -115,14 +176,18 @@ std::vector<py::dict> time_kernels(int threads, double seconds_each) {
   return timings;
 }
 
-std::tuple<Name, Name, Name, std::optional<bool>, Name> get_forced() {
+// The arguments of set_forced that say what is forced now.
+py::tuple get_forced() {
   const cpu::Forced forced = cpu::forced();
+  const cuda::Constraints cuda_forced = cuda::forced();
   Name plan, isa, split, products;
   if (forced.plan.family) plan = family_name(*forced.plan.family);
+  if (cuda_forced.family) plan = cuda::family_name(*cuda_forced.family);
   if (forced.isa) isa = cpu::isa_name(*forced.isa);
   if (forced.plan.split) split = split_name(*forced.plan.split);
   if (forced.plan.products) products = products_name(*forced.plan.products);
-  return {plan, isa, split, forced.plan.bulk_input, products};
+  return py::make_tuple(plan, isa, split, forced.plan.bulk_input, products, cuda_forced.octets, cuda_forced.tiles,
+                        cuda_forced.groups);
 }
 
 PyMethodDef methods[] = {
@@ -141,11 +206,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bf16_allowed"), py::arg("threads"), py::arg("vector_bytes") = py::none(), py::arg("bf16") = py::none(),
         py::arg("l2_bytes") = py::none());
   m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"),
-        py::arg("products"));
+        py::arg("products"), py::arg("octets"), py::arg("tiles"), py::arg("groups"));
   m.def("get_forced", &get_forced);
+  m.def("cuda_device", &cuda_device, py::arg("index"));
+  m.def("cuda_plan_for", &cuda_plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("element"), py::arg("training"), py::arg("sms"),
+        py::arg("shared_bytes"), py::arg("gigahertz"));
   m.def("apply", &apply, py::arg("function"), py::arg("isa"), py::arg("values"));
   m.def("time_kernels", &time_kernels, py::arg("threads"), py::arg("seconds_each"));
   m.def("plans", [] { return names(families(), family_name); });
+  m.def("cuda_plans", [] { return names(cuda::families(), cuda::family_name); });
   m.def("isas_compiled", [] { return names(cpu::compiled_isas(), cpu::isa_name); });
   m.def("isas_available", [] { return names(cpu::available_isas(), cpu::isa_name); });
   m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); });
@@ -155,5 +225,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "GCC " __VERSION__;
 #endif
   m.attr("torch_built") = FASTLSTM_TORCH_BUILT;
-  m.attr("cuda") = false;
+  m.attr("cuda") = py::str(FASTLSTM_CUDA_TARGETS).attr("split")();
 }

@@ -1,23 +1,28 @@
 // The schemas of the operators and the gradient of lstm. Each backend registers its own implementation
-// (cpu/cpu_ops.cpp); fakes, autocast and the gradient of lstm_backward are Python's (fastlstm/_ops.py).
+// (cpu/cpu_ops.cpp) and begins with the checks of arguments.h; fakes, autocast and the gradient of lstm_backward are
+// Python's (fastlstm/_ops.py).
 //
 // One call computes a whole stack of L layers and D directions.
-//   x            [T, B, I], or [N, I] with batch_sizes (int64 [T] on the CPU, non-increasing, as in a PackedSequence)
-//   weights      per layer, then direction: W_ih [4H, I_l], W_hh [4H, P], [b_ih, b_hh [4H]], [W_hr [P, H]]
-//   h_0, c_0     [L*D, B, P], [L*D, B, H]; there is a W_hr exactly where P != H
+//   x                 [T, B, I], or [N, I] with batch_sizes (int64 [T] on the CPU, non-increasing, as in a
+//                     PackedSequence)
+//   weights           per layer, then direction: W_ih [4H, I_l], W_hh [4H, P], [b_ih, b_hh [4H]], [W_hr [P, H]]
+//   h_0, c_0          [L*D, B, P], [L*D, B, H]; there is a W_hr exactly where P != H
 //   (a single step of one layer may leave out T and L*D: x [B, I], h_0 [B, P], c_0 [B, H], and results likewise)
-//   lengths      int64 [B] in [0, T], with x [T, B, I]: the steps of each sequence, in any order. Behind its end y is
-//                zero; the final states are those of its last step, for a sequence of no steps the initial ones
-//   reset_mask   bool, the shape of x but for the features: where true, the states are zero *before* that step. It cuts
-//                the sequence there, so the reverse direction begins anew at the step before
-//   dropout_mask [L-1, T, B, D*P] (packed: [L-1, N, D*P]): factors on the outputs of all layers but the last, as the
-//                layer above reads them
-//   allow_bf16   whether products of float32 tensors may be taken of values rounded to bfloat16 (sums stay float32)
-//   save         whether to keep what lstm_backward needs
+//   lengths           int64 [B] in [0, T], with x [T, B, I]: the steps of each sequence, in any order. Behind its end y
+//                     is zero; the final states are those of its last step, for a sequence of no steps the initial ones
+//   reset_mask        bool, the shape of x but for the features: where true, the states are zero *before* that step. It
+//                     cuts the sequence there, so the reverse direction begins anew at the step before
+//   dropout_mask      [L-1, T, B, D*P] (packed: [L-1, N, D*P]): factors on the outputs of all layers but the last, as
+//                     the layer above reads them
+//   reduced_products  whether products of float32 tensors may be taken of rounded values (sums stay float32): bfloat16
+//                     on the CPU, TF32 on CUDA
+//   save              whether to keep what lstm_backward needs
+// All of them are on the device of x, but for batch_sizes; lengths may be on the CPU too.
 //
-// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, and with `save` three tensors in the compute type (float32 below
-// float64): gates [L*D, N, 4H] (activations i, f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B
-// unless packed, and with `lengths` their rows are in an order of the backend's own.
+// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, and with `save` three tensors: gates [L*D, N, 4H] (activations i,
+// f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with `lengths` their rows
+// are in an order of the backend's own. On the CPU all three are in the compute type (float32 below float64), on CUDA
+// only cells are, and the others in the dtype of x.
 //
 // lstm_backward returns d_x, d_h_0, d_c_0 and one gradient per weight; what `needs` marks with 0 comes back empty.
 // `needs` has an entry for x, one for the states, then one per weight.
@@ -37,7 +42,7 @@ namespace {
 struct Options {
   const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
   int64_t num_layers;
-  bool bidirectional, has_bias, allow_bf16, save;
+  bool bidirectional, has_bias, reduced_products, save;
 };
 
 // lstm as a function of (x, h_0, c_0, weights...), whose gradient is lstm_backward. Written in C++ because Python's
@@ -48,7 +53,7 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
   // What is kept for backward: these tensors, then the weights, then what the operator saved.
   enum Kept : size_t { kX, kH0, kC0, kY, kBatchSizes, kLengths, kResetMask, kDropoutMask, kWeights };
   // And these numbers, as a vector of this name.
-  enum Structure : size_t { kNumLayers, kBidirectional, kHasBias, kAllowBf16, kWeightCount };
+  enum Structure : size_t { kNumLayers, kBidirectional, kHasBias, kReducedProducts, kWeightCount };
   static constexpr const char* kStructure = "structure";
   static constexpr size_t kInputs = 3;  // x, h_0 and c_0; of the inputs the weights come behind them
 
@@ -59,15 +64,15 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
     Tensor y, h_n, c_n;
     std::tie(y, h_n, c_n, saved) =
         lstm_operator().call(x, weights, h_0, c_0, o.batch_sizes, o.lengths, o.reset_mask, o.dropout_mask, o.num_layers,
-                             o.bidirectional, o.has_bias, o.allow_bf16, o.save);
+                             o.bidirectional, o.has_bias, o.reduced_products, o.save);
     Tensors kept = {x, h_0, c_0, y};
     for (const OptionalTensor* option : {&o.batch_sizes, &o.lengths, &o.reset_mask, &o.dropout_mask})
       kept.push_back(option->value_or(Tensor()));
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
     context->save_for_backward(std::move(kept));
-    context->saved_data[kStructure] = std::vector<int64_t>{o.num_layers, o.bidirectional, o.has_bias, o.allow_bf16,
-                                                           static_cast<int64_t>(weights.size())};
+    context->saved_data[kStructure] = std::vector<int64_t>{o.num_layers, o.bidirectional, o.has_bias,
+                                                           o.reduced_products, static_cast<int64_t>(weights.size())};
     context->set_materialize_grads(false);
     return {y, h_n, c_n};
   }
@@ -93,7 +98,7 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
         given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[kX], weights, kept[kH0], kept[kC0],
         kept[kY], saved, given(kept[kBatchSizes]), given(kept[kLengths]), given(kept[kResetMask]),
         given(kept[kDropoutMask]), structure[kNumLayers], structure[kBidirectional] != 0, structure[kHasBias] != 0,
-        structure[kAllowBf16] != 0, needs);
+        structure[kReducedProducts] != 0, needs);
     const auto put = [&](size_t input, Tensor& gradient) {
       if (needed(input)) gradients[input] = std::move(gradient);
     };
@@ -108,14 +113,14 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
 ForwardResult lstm_autograd(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
                             const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                             const OptionalTensor& reset_mask, const OptionalTensor& dropout_mask, int64_t num_layers,
-                            bool bidirectional, bool has_bias, bool allow_bf16, bool save) {
+                            bool bidirectional, bool has_bias, bool reduced_products, bool save) {
   if (!needs_gradient(x, weights, h_0, c_0)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lstm_operator().call(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers,
-                                bidirectional, has_bias, allow_bf16, save);
+                                bidirectional, has_bias, reduced_products, save);
   }
-  const Options options = {batch_sizes,   lengths,  reset_mask, dropout_mask, num_layers,
-                           bidirectional, has_bias, allow_bf16, save};
+  const Options options = {batch_sizes,   lengths,  reset_mask,       dropout_mask, num_layers,
+                           bidirectional, has_bias, reduced_products, save};
   std::vector<Tensor> saved;
   auto outputs = LstmFunction::apply(x, h_0, c_0, weights, options, saved);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2]), std::move(saved)};
@@ -145,13 +150,13 @@ const c10::TypedOperatorHandle<Backward>& lstm_backward_operator() {
 TORCH_LIBRARY(fastlstm, m) {
   m.def(
       "lstm(Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, bool allow_bf16, "
-      "bool save) -> "
+      "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, "
+      "bool reduced_products, bool save) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor[] saved)");
   m.def(
       "lstm_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, "
       "Tensor y, Tensor[] saved, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? dropout_mask, "
-      "int num_layers, bool bidirectional, bool has_bias, bool allow_bf16, int[] needs) -> "
+      "int num_layers, bool bidirectional, bool has_bias, bool reduced_products, int[] needs) -> "
       "(Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights)");
 }
 

@@ -22,7 +22,7 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>; 
 using Forward = ForwardResult(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                               const OptionalTensor& reset_mask, const OptionalTensor& dropout_mask, int64_t num_layers,
-                              bool bidirectional, bool has_bias, bool allow_bf16, bool save);
+                              bool bidirectional, bool has_bias, bool reduced_products, bool save);
 
 // lstm_backward, likewise.
 using Backward = BackwardResult(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
@@ -30,7 +30,7 @@ using Backward = BackwardResult(const OptionalTensor& d_y, const OptionalTensor&
                                 const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
                                 const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                                 const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional,
-                                bool has_bias, bool allow_bf16, at::IntArrayRef needs);
+                                bool has_bias, bool reduced_products, at::IntArrayRef needs);
 
 // The operators as their users call them: with autocast, autograd and what else applies.
 const c10::TypedOperatorHandle<Forward>& lstm_operator();

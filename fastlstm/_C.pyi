@@ -6,7 +6,7 @@ from torch import Tensor
 
 compiler: str
 torch_built: str
-cuda: bool
+cuda: list[str]
 
 def plan_for(
     *,
@@ -38,14 +38,38 @@ def lstm(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
-    allow_bf16: bool,
+    reduced_products: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor] | None: ...
 def apply(function: str, isa: str, values: Any) -> None: ...
 def set_forced(
-    plan: str | None, isa: str | None, split: str | None, bulk_input: bool | None, products: str | None
+    plan: str | None,
+    isa: str | None,
+    split: str | None,
+    bulk_input: bool | None,
+    products: str | None,
+    octets: int | None,
+    tiles: int | None,
+    groups: int | None,
 ) -> None: ...
-def get_forced() -> tuple[str | None, str | None, str | None, bool | None, str | None]: ...
+def get_forced() -> tuple[Any, ...]: ...
+def cuda_device(index: int) -> tuple[int, int, float]: ...
+def cuda_plan_for(
+    *,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    layers: int,
+    directions: int,
+    element: str,
+    training: bool,
+    sms: int,
+    shared_bytes: int,
+    gigahertz: float,
+) -> dict[str, Any]: ...
+def cuda_plans() -> list[str]: ...
 def time_kernels(threads: int, seconds_each: float) -> list[dict[str, Any]]: ...
 def plans() -> list[str]: ...
 def isas_compiled() -> list[str]: ...

@@ -32,6 +32,7 @@ if _C.torch_built.split(".")[:2] != torch.__version__.split(".")[:2]:
 
 _lstm = torch.ops.fastlstm.lstm.default
 _lstm_backward = torch.ops.fastlstm.lstm_backward.default
+_fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 
 
 class Options(NamedTuple):
@@ -44,7 +45,7 @@ class Options(NamedTuple):
     num_layers: int
     bidirectional: bool
     has_bias: bool
-    allow_bf16: bool
+    reduced_products: bool
 
 
 def lstm(
@@ -69,8 +70,8 @@ def lstm(
             :mod:`fastlstm.checks`, with its ValueErrors.
     """
     # A plain tuple: making an Options would be felt in a step of streaming inference.
-    allow_bf16 = bf16_products_permitted()
-    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, allow_bf16)
+    reduced = reduced_products_permitted("cpu" if x.is_cpu else x.device.type)  # x.device takes a tenth of a step
+    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, reduced)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             _check(x, weights, h_0, c_0, Options(*options))
@@ -84,14 +85,17 @@ def lstm(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def bf16_products_permitted() -> bool:
-    """Whether the user lets products of float32 tensors be taken of bfloat16 values, by torch's switch for RNNs.
+def reduced_products_permitted(device_type: str) -> bool:
+    """Whether products of float32 tensors may be taken of rounded values, by torch's switch for RNNs.
 
-    That is ``torch.backends.mkldnn.rnn.fp32_precision = "bf16"``, or the switches above it that it inherits from.
-    Compiled code keeps what it was compiled under.
+    On the CPU that is ``torch.backends.mkldnn.rnn.fp32_precision = "bf16"``, on CUDA
+    ``torch.backends.cudnn.rnn.fp32_precision = "tf32"``, torch's default there, which
+    ``torch.backends.cudnn.allow_tf32`` sets too; or the switches above them that they inherit from. Compiled code keeps
+    what it was compiled under.
     """
-    permitted: bool = torch._C._get_fp32_precision_getter("mkldnn", "rnn") == "bf16"
-    return permitted
+    if device_type == "cpu":
+        return _fp32_precision("mkldnn", "rnn") == "bf16"
+    return device_type == "cuda" and _fp32_precision("cuda", "rnn") == "tf32"
 
 
 def _reference(
@@ -136,9 +140,15 @@ def _lstm_fake(
     directions = 2 if options.bidirectional else 1
     width, hidden = directions * h_0.size(-1), c_0.size(-1)
     layers, states, rows = options.num_layers, options.num_layers * directions, math.prod(x.shape[:-1])
-    saved_shapes = [(states, rows, 4 * hidden), (states, rows, hidden), (layers - 1, rows, width)] if save else []
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    saved = [x.new_empty(shape, dtype=dtype) for shape in saved_shapes]
+    saved = []
+    if save:
+        compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = x.dtype if x.device.type == "cuda" else compute_dtype
+        saved = [
+            x.new_empty((states, rows, 4 * hidden), dtype=dtype),
+            x.new_empty((states, rows, hidden), dtype=compute_dtype),
+            x.new_empty((layers - 1, rows, width), dtype=dtype),
+        ]
     return x.new_empty(*x.shape[:-1], width), x.new_empty(h_0.shape), x.new_empty(c_0.shape), saved
 
 

@@ -73,7 +73,8 @@ def check_lstm(
         shape = (num_layers - 1, *x.shape[:-1], directions * out_size)
         if dropout_mask.shape != shape:
             raise RuntimeError(f"dropout_mask must have shape {list(shape)}, got {list(dropout_mask.shape)}")
-    _check_devices(x, weights, h_0, c_0, lengths=lengths, reset_mask=reset_mask, dropout_mask=dropout_mask)
+    device_lengths = None if lengths is None or lengths.is_cpu else lengths
+    _check_devices(x, weights, h_0, c_0, lengths=device_lengths, reset_mask=reset_mask, dropout_mask=dropout_mask)
     for k in range(num_layers * directions):
         count = len(weights) // (num_layers * directions)
         width = x.size(-1) if k < directions else directions * out_size

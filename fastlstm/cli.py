@@ -31,6 +31,7 @@ from fastlstm.bench import plot as chart
 from fastlstm.bench import record, runner, shapes
 from fastlstm.bench.record import Comparison, format_rate, format_ratio
 from fastlstm.bench.workload import Pass
+from fastlstm.planning import GPUS
 
 app = typer.Typer(
     help="Fused LSTM kernels for PyTorch: build information, verification, benchmarks and a language model.",
@@ -57,12 +58,14 @@ def info(
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Both directions.")] = False,
     dtype: Annotated[str, typer.Option(help="Dtype of parameters and input.")] = "float32",
     training: Annotated[bool, typer.Option("--training", help="Plan the backward pass too.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or, for a plan, a GPU model such as H200.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Plan for this number of threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the build, the CPU's features and, given a shape, the plan for it."""
-    sections: dict[str, dict[str, Any]] = {"build": fastlstm.build_info(), "machine": record.machine()}
+    """Print the build, the machine's features and, given a shape, the plan for it."""
+    sections: dict[str, dict[str, Any]] = {"build": fastlstm.build_info()}
     try:
+        sections["machine"] = record.machine(runner.parse_device("cpu" if device in GPUS else device))
         with runner.num_threads(threads):
             sections["flags"] = record.flags()
             if (steps, batch, hidden) != (None, None, None):
@@ -78,6 +81,7 @@ def info(
                     D=2 if bidirectional else 1,
                     dtype=shapes.DTYPES[shapes.parse_dtype(dtype)],
                     training=training,
+                    device=device,
                 )
                 sections["plan"] = plan.to_dict()
     except ValueError as error:
@@ -96,16 +100,18 @@ def info(
 @app.command()
 def verify(
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes instead of all.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Number of threads; torch's default if left out.")] = None,
 ) -> None:
-    """Check every op, dtype, plan and ISA of this machine against nn.LSTM; exit 1 on a failure."""
+    """Check every op, dtype, plan and ISA of a device against nn.LSTM; exit 1 on a failure."""
     _quiet_baseline()
     console = _console()
     results = []
     try:
+        runner.parse_device(device)
         with runner.num_threads(threads), _progress(console) as progress:
-            task = progress.add_task("", total=verification.count(quick=quick))
-            for result in verification.verify(quick=quick):
+            task = progress.add_task("", total=verification.count(quick=quick, device=device))
+            for result in verification.verify(quick=quick, device=device):
                 results.append(result)
                 progress.update(task, advance=1, description=result.shape.name)
     except ValueError as error:
@@ -142,6 +148,7 @@ def bench(
         str, typer.Option(help="forward (inference), forward_backward (training), or both.")
     ] = "forward,forward_backward",
     budget: Annotated[float, typer.Option(help="Seconds of timing for each shape and pass.")] = 4.0,
+    time_limit: Annotated[float | None, typer.Option(help="Begin no further shape after so many seconds.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios (png, svg, pdf).")] = None,
 ) -> None:
@@ -171,7 +178,7 @@ def bench(
             if load > 0.5:
                 console.print(f"Other processes disturb the timing: load average {load:.1f}", style="yellow")
             settings = {"shapes": select, "passes": list(chosen), "budget_s": budget, "load_average": load}
-            comparisons = _run(console, selected, device, chosen, budget)
+            comparisons = _run(console, selected, device, chosen, budget, time_limit)
             rows = [row for c in comparisons for row in (c.ours, c.theirs) if row is not None]
             document = record.document(rows, device=device, settings=settings)
         if json_path is not None:
@@ -190,13 +197,16 @@ def _run(
     device: str,
     passes: Sequence[Pass],
     budget: float,
+    time_limit: float | None,
 ) -> list[Comparison]:
     """Runs the benchmark under a progress bar and prints what was measured, also when interrupted."""
     comparisons: list[Comparison] = []
     try:
         with _progress(console) as progress:
             task = progress.add_task(selected[0].name, total=len(selected) * len(passes))
-            for comparison in runner.run(selected, device=device, passes=passes, budget_s=budget):
+            for comparison in runner.run(
+                selected, device=device, passes=passes, budget_s=budget, time_limit_s=time_limit
+            ):
                 comparisons.append(comparison)
                 done = f"{comparison.ours.shape} {comparison.ours.pass_}: {comparison.verdict}"
                 progress.update(task, advance=1, description=done)
@@ -242,7 +252,7 @@ def _shape_table() -> Table:
     for group, meaning in shapes.GROUPS.items():
         table.add_row(group, "(group)", meaning)
     table.add_section()
-    for shape in shapes.SHAPES:
+    for shape in (*shapes.SHAPES, *shapes.GPU_SHAPES):
         table.add_row(shape.name, ", ".join(shape.groups), shape.stands_for)
     return table
 

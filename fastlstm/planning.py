@@ -51,6 +51,53 @@ class Plan:
         return f"{text}, {self.isa}, {self.threads} threads; {self.reason}"
 
 
+@dataclass(frozen=True)
+class CudaPlan:
+    """How one call is computed on a GPU.
+
+    ``forward`` and ``backward`` name kernel families (``backward`` is None without training); ``forward_layout`` and
+    ``backward_layout`` say how they lie on the GPU. The microseconds are the planner's estimates for one time step of
+    one layer, all directions: derived from published latencies, not measured.
+    """
+
+    forward: str
+    forward_layout: str
+    forward_microseconds: float
+    backward: str | None
+    backward_layout: str | None
+    backward_microseconds: float | None
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"forward {self.forward_layout}, {self.forward_microseconds:.2f} us per step predicted"
+        if self.backward is not None:
+            text += f", backward {self.backward_layout}, {self.backward_microseconds:.2f} us predicted"
+        return f"{text}; {self.device}"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The limits of a GPU that plans depend on: SMs, bytes of shared memory that a block can have, clock in GHz."""
+
+    sms: int
+    shared_bytes: int
+    gigahertz: float
+
+
+#: GPUs for which :func:`plan` can be asked on any machine.
+GPUS = {
+    "A100": Gpu(108, 163 * 1024, 1.41),
+    "L4": Gpu(58, 99 * 1024, 2.04),
+    "H100": Gpu(132, 227 * 1024, 1.98),
+    "H200": Gpu(132, 227 * 1024, 1.98),
+    "B200": Gpu(148, 227 * 1024, 1.97),
+}
+
+
 def plan(
     module: torch.nn.RNNBase | None = None,
     *,
@@ -63,8 +110,9 @@ def plan(
     D: int = 1,
     dtype: torch.dtype | None = None,
     training: bool = False,
-) -> Plan:
-    """The plan for T time steps of B rows on this machine, with torch's current number of threads.
+    device: torch.device | str | None = None,
+) -> Plan | CudaPlan:
+    """The plan for T time steps of B rows: on the CPU with torch's current number of threads, or on a GPU.
 
     Args:
         module: a FastLSTM (or nn.LSTM) to take I, H, P, L, D and dtype from; without one, I and H must be given.
@@ -77,17 +125,22 @@ def plan(
         D: directions, 1 or 2.
         dtype: float32 (the default), float64, bfloat16 or float16.
         training: whether a backward pass follows.
+        device: a device of this machine, or the name of a GPU model in :data:`fastlstm.planning.GPUS`, which need not
+            be there. That of the module's parameters if None, or the CPU without a module.
 
     Raises:
-        ValueError: the module is no LSTM, a size is not positive or missing, the dtype is another, or a forced plan
-            cannot run the problem.
+        ValueError: the module is no LSTM, a size is not positive or missing, the dtype or the device is another, or a
+            forced plan cannot run the problem.
+        RuntimeError: there is no such GPU, or this build has no kernels for it.
     """
     if module is not None:
         if module.mode != "LSTM":
             raise ValueError(f"module must be an LSTM, got {type(module).__name__} in mode {module.mode}")
         I, H, P, L = module.input_size, module.hidden_size, module.proj_size, module.num_layers  # noqa: E741
         D = 2 if module.bidirectional else 1
-        dtype = next(module.parameters()).dtype
+        parameter = next(module.parameters())
+        dtype = parameter.dtype
+        device = parameter.device if device is None else device
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
     if I is None or H is None:
@@ -99,6 +152,10 @@ def plan(
         raise ValueError(f"P must be in [0, H) = [0, {H}), got {P}")
     if D not in (1, 2):
         raise ValueError(f"D must be 1 or 2, got {D}")
+    if device in GPUS or (device is not None and torch.device(device).type == "cuda"):
+        return _cuda_plan(device, dtype or torch.float32, training, T=T, B=B, I=I, H=H, P=P, layers=L, directions=D)
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"device must be a CPU, a CUDA device or one of {', '.join(GPUS)}, got {device}")
     found = _C.plan_for(
         T=T,
         B=B,
@@ -110,7 +167,8 @@ def plan(
         directions=D,
         compute_bytes=8 if dtype == torch.float64 else 4,
         training=training,
-        bf16_allowed=dtype == torch.bfloat16 or (dtype in (None, torch.float32) and _ops.bf16_products_permitted()),
+        bf16_allowed=dtype == torch.bfloat16
+        or (dtype in (None, torch.float32) and _ops.reduced_products_permitted("cpu")),
         threads=torch.get_num_threads(),
     )
     forward, backward = found["forward"], found["backward"]
@@ -128,9 +186,32 @@ def plan(
     )
 
 
-def plans() -> list[str]:
-    """The names of the kernel families that :func:`force` takes."""
-    return list(_C.plans())
+def _cuda_plan(device: torch.device | str | None, dtype: torch.dtype, training: bool, **sizes: int) -> CudaPlan:
+    if isinstance(device, str) and device in GPUS:
+        gpu, name = GPUS[device], device
+    else:
+        index = torch.device(device or "cuda").index
+        index = torch.cuda.current_device() if index is None else index
+        gpu, name = Gpu(*_C.cuda_device(index)), torch.cuda.get_device_name(index)
+    element = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32 and _ops.reduced_products_permitted("cuda"):
+        element = "tf32"
+    found = _C.cuda_plan_for(**sizes, element=element, training=training, **asdict(gpu))
+    forward, backward = found["forward"], found["backward"]
+    return CudaPlan(
+        forward=forward["family"],
+        forward_layout=forward["text"],
+        forward_microseconds=forward["microseconds"],
+        backward=backward["family"] if backward else None,
+        backward_layout=backward["text"] if backward else None,
+        backward_microseconds=backward["microseconds"] if backward else None,
+        device=name,
+    )
+
+
+def plans(device_type: str = "cpu") -> list[str]:
+    """The names of the kernel families of a device, ``"cpu"`` or ``"cuda"``, that :func:`force` takes."""
+    return list(_C.cuda_plans() if device_type == "cuda" else _C.plans())
 
 
 def available_isas() -> list[str]:
@@ -146,24 +227,34 @@ def force(
     split: str | None = None,
     bulk_input: bool | None = None,
     products: str | None = None,
+    octets: int | None = None,
+    tiles: int | None = None,
+    groups: int | None = None,
 ) -> Iterator[None]:
     """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
 
+    ``isa``, ``split``, ``bulk_input`` and ``products`` are about the CPU; ``octets``, ``tiles`` and ``groups`` about
+    CUDA's families that keep weights in CTAs.
+
     Args:
-        plan: a family of :func:`plans`, or None for the planner's choice.
+        plan: a family of :func:`plans`, or None for the planner's choice. Where a device has no family of this name, it
+            is not forced.
         isa: an instruction set of :func:`available_isas`, or None for the best.
         split: what threads divide in both passes, ``"rows"`` or ``"units"`` (see :class:`Plan`), or None.
         bulk_input: whether the input product is one GEMM over all steps, or None.
         products: ``"full"``, or ``"bf16"`` for factors rounded to bfloat16 (of bfloat16 tensors, or of float32 ones
             with ``torch.backends.mkldnn.rnn.fp32_precision = "bf16"``; on a CPU without an instruction for them
             they are slow), or None: then they are used where they are allowed and fast.
+        octets: groups of 8 hidden units that a CTA (``"resident"``: a warp) owns, or None.
+        tiles: groups of 8 rows of the batch that a team of CTAs runs at the same time, or None.
+        groups: the most teams for a direction, or None.
 
     Raises:
         ValueError: the name is unknown, or this CPU lacks the instruction set. A forced plan that cannot run a
             problem raises when the problem comes.
     """
     before = _C.get_forced()
-    _C.set_forced(plan, isa, split, bulk_input, products)
+    _C.set_forced(plan, isa, split, bulk_input, products, octets, tiles, groups)
     try:
         yield
     finally:
@@ -171,7 +262,7 @@ def force(
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, compiler and instruction sets of this build, as plain values."""
+    """Versions, compiler, targets of the CUDA kernels (none: built without) and instruction sets, as plain values."""
     from fastlstm import __version__
 
     return {

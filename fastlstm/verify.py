@@ -1,4 +1,4 @@
-"""The tolerance rule, and the check of every op, dtype, plan and ISA of this machine against nn.LSTM.
+"""The tolerance rule, and the check of every op, dtype, plan and ISA of a device against nn.LSTM.
 
 `compare` is the one place that decides whether a result is right: our error against float64 may be at most
 twice nn.LSTM's own error in the same precision, plus a rounding floor. The tests use it through
@@ -17,6 +17,8 @@ from torch import Tensor
 import fastlstm
 from fastlstm.bench.shapes import DTYPES, Shape
 from fastlstm.bench.workload import PASSES, Pass, Workload
+
+CUDA_PLANS = ("stepwise", "resident", "persistent")
 
 # In tiny problems nn.LSTM is sometimes exact by luck, and twice its error would forbid any rounding at all.
 # Over 250 random problems with T <= 20 and H <= 31 the reference in float32 needed up to 5 epsilons beyond
@@ -88,9 +90,9 @@ def compare(
         )
     if exact.numel() == 0:
         return ErrorReport(name, 0.0, 0.0, 0.0, 0.0, (), 0.0, 0.0)
-    exact = exact.detach().double().cpu()
-    ours64 = ours.detach().double().cpu()
-    error, torch_error = (_absolute_error(value, exact) for value in (ours64, torch_lowp.detach().double().cpu()))
+    exact = exact.detach().double()
+    ours64, torch64 = (value.detach().to(exact.device, torch.float64) for value in (ours, torch_lowp))
+    error, torch_error = (_absolute_error(value, exact) for value in (ours64, torch64))
     scale = exact.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
     precision = dtype or ours.dtype
     floor = FLOOR_EPSILONS[precision] * torch.finfo(precision).eps * scale
@@ -113,20 +115,20 @@ def _absolute_error(value: Tensor, exact: Tensor) -> Tensor:
 
 
 def compare_results(
-    ours: Mapping[str, Tensor], baseline: Mapping[str, Tensor], exact: Mapping[str, Tensor], shape: Shape
+    ours: Mapping[str, Tensor],
+    baseline: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
 ) -> list[ErrorReport]:
-    """`compare` for every tensor of `ours`, results of a Workload of `shape`."""
-    dtype = torch.bfloat16 if shape.mixed else None
+    """`compare` for every tensor of `ours`, results of a Workload; `dtype` is its `rounding`."""
     return [compare(name, ours[name], baseline[name], exact[name], dtype=dtype) for name in ours]
 
 
 def check_passes(workload: Workload, passes: Sequence[Pass] = PASSES) -> dict[Pass, list[ErrorReport]]:
     """Judges FastLSTM's results on `workload` in each pass, with the plan that the planner picks."""
     widest: Pass = "forward_backward" if "forward_backward" in passes else "forward"
-    baseline, exact = workload.baseline(widest), workload.exact(widest)
-    return {
-        pass_: compare_results(workload.results("fastlstm", pass_), baseline, exact, workload.shape) for pass_ in passes
-    }
+    baseline, exact, rounding = workload.baseline(widest), workload.exact(widest), workload.rounding
+    return {pass_: compare_results(workload.results("fastlstm", pass_), baseline, exact, rounding) for pass_ in passes}
 
 
 def check(workload: Workload, passes: Sequence[Pass] = PASSES) -> list[ErrorReport]:
@@ -162,7 +164,26 @@ def _shapes(quick: bool) -> list[Shape]:
     return shapes
 
 
-def _precisions(shape: Shape) -> list[tuple[str, Shape]]:
+def _gpu_shapes(quick: bool) -> list[Shape]:
+    """Hidden sizes that take more and more multiprocessors, none of them a multiple of a tile but the last."""
+    shapes = [
+        Shape(T=6, B=19, I=24, H=124, state=True),
+        Shape(T=5, B=9, I=33, H=300, directions=2, packed=True, state=True),
+        Shape(T=7, B=65, I=40, H=512, state=True),
+    ]
+    if not quick:
+        shapes += [
+            Shape(T=3, B=2, I=40, H=1000),
+            Shape(T=4, B=33, I=40, H=2048, state=True),
+        ]
+    return shapes
+
+
+def _precisions(shape: Shape, device: torch.device) -> list[tuple[str, Shape]]:
+    if device.type == "cuda":
+        # As torch has it by default: products of float32 are TF32 unless the user forbids it.
+        labelled = [("float32, TF32 products", shape), ("float32", replace(shape, ieee=True))]
+        return labelled + [(dtype, replace(shape, dtype=dtype)) for dtype in DTYPES if dtype != "float32"]
     labelled = [(dtype, replace(shape, dtype=dtype)) for dtype in DTYPES]
     if shape.kind == "module":
         labelled.append(("autocast(bfloat16)", replace(shape, autocast=True)))
@@ -177,7 +198,7 @@ class Result:
     Attributes:
         op: "lstm" or "lstm_cell".
         precision: a dtype name, or the name of a mixed precision.
-        plan, isa: what was forced.
+        plan, isa: what was forced; on a GPU the ISA is its own and nothing to force.
         shape: the problem.
         reports: outputs in inference, outputs in training and gradients; empty if nothing ran.
         skipped: why the plan does not apply to this shape, or "".
@@ -209,42 +230,57 @@ class Result:
         return [report for report in self.reports if report.name.startswith("d_")]
 
 
-def count(*, quick: bool = False) -> int:
+def _cases(quick: bool, device: torch.device) -> list[tuple[str, Shape]]:
+    shapes = _shapes(quick) + (_gpu_shapes(quick) if device.type == "cuda" else [])
+    return [case for shape in shapes for case in _precisions(shape, device)]
+
+
+def _kernels(device: torch.device) -> list[tuple[str, str]]:
+    """What can be forced: plans and ISAs."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return [(plan, f"sm_{major}{minor}") for plan in CUDA_PLANS]
+    return list(product(fastlstm.plans(), fastlstm.available_isas()))
+
+
+def count(*, quick: bool = False, device: str = "cpu") -> int:
     """Number of results that `verify` yields."""
-    cases = sum(len(_precisions(shape)) for shape in _shapes(quick))
-    return cases * len(fastlstm.plans()) * len(fastlstm.available_isas())
+    return len(_cases(quick, torch.device(device))) * len(_kernels(torch.device(device)))
 
 
-def verify(*, quick: bool = False) -> Iterator[Result]:
-    """Runs every op, dtype, plan and ISA of this CPU over a set of shapes; yields a Result for each.
+def verify(*, quick: bool = False, device: str = "cpu") -> Iterator[Result]:
+    """Runs every op, dtype, plan and ISA of `device` over a set of shapes; yields a Result for each.
 
     An exception raised by a call becomes a failed Result: one broken combination does not hide the others.
 
     Args:
         quick: a few shapes instead of all.
+        device: "cpu" or "cuda".
     """
-    for shape in _shapes(quick):
-        for precision, case in _precisions(shape):
-            workload = Workload(case)
-            baseline, exact = workload.baseline("forward_backward"), workload.exact("forward_backward")
-            for plan, isa in product(fastlstm.plans(), fastlstm.available_isas()):
-                op = "lstm_cell" if case.kind == "cell" else "lstm"
-                result = Result(op, precision, plan, isa, case)
-                # The planner takes bfloat16 products only where they are fast; here they are to be right.
-                products = "bf16" if case.bf16_products and plan == "packed" else None
-                with fastlstm.force(plan=plan, isa=isa, products=products):
-                    try:
-                        workload.plan("forward_backward")
-                    except ValueError as error:
-                        yield replace(result, skipped=str(error))
-                        continue
-                    try:
-                        found = [workload.results("fastlstm", pass_) for pass_ in PASSES]
-                    except (RuntimeError, ValueError, TypeError) as error:
-                        yield replace(result, failure=f"{type(error).__name__}: {error}")
-                        continue
-                reports = [r for results in found for r in compare_results(results, baseline, exact, case)]
-                yield replace(result, reports=tuple(reports))
+    on_gpu = torch.device(device).type == "cuda"
+    kernels = _kernels(torch.device(device))
+    for precision, case in _cases(quick, torch.device(device)):
+        workload = Workload(case, device=device)
+        baseline, exact = workload.baseline("forward_backward"), workload.exact("forward_backward")
+        rounding = workload.rounding
+        for plan, isa in kernels:
+            op = "lstm_cell" if case.kind == "cell" else "lstm"
+            result = Result(op, precision, plan, isa, case)
+            # The planner takes bfloat16 products only where they are fast; here they are to be right.
+            products = "bf16" if case.bf16_products and plan == "packed" else None
+            with fastlstm.force(plan=plan, isa=None if on_gpu else isa, products=products):
+                try:
+                    workload.plan("forward_backward")
+                except ValueError as error:
+                    yield replace(result, skipped=str(error))
+                    continue
+                try:
+                    found = [workload.results("fastlstm", pass_) for pass_ in PASSES]
+                except (RuntimeError, ValueError, TypeError) as error:
+                    yield replace(result, failure=f"{type(error).__name__}: {error}")
+                    continue
+            reports = [r for results in found for r in compare_results(results, baseline, exact, rounding)]
+            yield replace(result, reports=tuple(reports))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from tolerance import assert_all_accurate
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import fastlstm
 from fastlstm import _ops, reference
@@ -564,6 +566,86 @@ def test_operator_refuses(message: str) -> None:
         torch.ops.fastlstm.lstm(
             bad["x"], weights, bad["h_0"], bad["c_0"], None, None, None, None, 1, False, True, False, False
         )
+
+
+@pytest.mark.parametrize("name", ["h_0", "c_0", "every weight", "reset_mask", "dropout_mask", "lengths"])
+def test_operator_refuses_another_device(name: str) -> None:
+    p = Problem.of(Case(T=3, B=3, I=5, H=7, L=2, lengths=(2, 3, 3), resets=0.5, dropout=True))
+    elsewhere = {name: torch.device("meta")}
+    *weights, last = p.weights
+    arguments = {
+        "h_0": p.h_0,
+        "c_0": p.c_0,
+        "every weight": last,
+        "lengths": p.lengths,
+        "reset_mask": p.reset_mask,
+        "dropout_mask": p.dropout_mask,
+    }
+    h_0, c_0, last, *options = (t if t is None else t.to(elsewhere.get(n, t.device)) for n, t in arguments.items())
+    kernel = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # for one tensor on meta the dispatcher calls the fake
+    message = (
+        f"{name} must be {'an int64 vector on the CPU' if name == 'lengths' else 'on the device of x, cpu, got meta'}"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastlstm.lstm.default.redispatch(
+            kernel, p.x, [*weights, last], h_0, c_0, None, *options, 2, False, True, False, False
+        )
+
+
+def test_backward_refuses_another_device() -> None:
+    p = Problem.of(CASES[1])
+    arguments = (p.x, p.weights, p.h_0, p.c_0)
+    options = (None, None, None, None, 1, False, True, False)
+    y, h_n, _, saved = torch.ops.fastlstm.lstm(*arguments, *options, True)
+    kernel = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    needs = [1] * (2 + len(p.weights))
+    for d_y, d_h_n, kept, message in (
+        (y.to("meta"), h_n, saved, "d_y must be on the device of x, cpu, got meta"),
+        (y, h_n.to("meta"), saved, "d_h_n must be on the device of x, cpu, got meta"),
+        (y, h_n, [t.to("meta") for t in saved], "saved must be passed as the forward pass returned it"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fastlstm.lstm_backward.default.redispatch(
+                kernel, d_y, d_h_n, None, *arguments, y, kept, *options, needs
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_saved_on_cuda(dtype: torch.dtype) -> None:
+    """The fake's word alone, where there is no such device."""
+    compute = torch.promote_types(dtype, torch.float32)
+    with FakeTensorMode(), torch.device("cuda"):
+        weights = [torch.empty(*sizes, dtype=dtype) for sizes in ((16, 3), (16, 4), (16, 4), (16, 4))]
+        x, state = torch.empty(5, 2, 3, dtype=dtype), torch.empty(2, 2, 4, dtype=dtype)
+        options = (None, None, None, None, 2, False, False, False)
+        y, _, _, saved = torch.ops.fastlstm.lstm(x, weights, state, state, *options, True)
+    assert y.dtype == dtype
+    assert [(list(t.shape), t.dtype, t.device.type) for t in saved] == [
+        ([2, 10, 16], dtype, "cuda"),
+        ([2, 10, 4], compute, "cuda"),
+        ([1, 10, 4], dtype, "cuda"),
+    ]
+
+
+def test_who_permits_reduced_products() -> None:
+    cudnn: Any = torch.backends.cudnn  # whose stubs lack the precision settings
+    permitted = _ops.reduced_products_permitted
+    assert (permitted("cpu"), permitted("cuda"), permitted("meta")) == (False, True, False), "torch's own defaults"
+    with permit_bf16_products():
+        assert (permitted("cpu"), permitted("cuda")) == (True, True)
+    before = cudnn.rnn.fp32_precision
+    try:
+        cudnn.rnn.fp32_precision = "ieee"
+        assert not permitted("cuda")
+    finally:
+        cudnn.rnn.fp32_precision = before
+    # What cudnn.allow_tf32 sets, which opcheck has frozen.
+    torch._C._set_cudnn_allow_tf32(False)
+    try:
+        assert not permitted("cuda")
+    finally:
+        torch._C._set_cudnn_allow_tf32(True)
+    assert permitted("cuda")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// The operators on the CPU: tensors in, checks, conversion to the compute type, one call of the driver, tensors out.
+// The operators on the CPU: tensors in, conversion to the compute type, one call of the driver, tensors out.
 //
 // float32 and float64 run as they are. bfloat16 and float16 are widened to float32 on entry and rounded on exit; in
 // between, only a plan with bfloat16 products rounds, and only their factors. (In backward, the gradient of the last
@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "../arguments.h"
 #include "../cell.h"
-#include "../checks.h"
 #include "runtime.h"
 #include "stack.h"
 
@@ -27,38 +27,7 @@ namespace fastlstm::cpu {
 
 namespace {
 
-const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    default: return "a type other than float32, float64, bfloat16 or float16";
-  }
-}
-
-// Contiguous and of the given type; the tensor itself where it already is.
-Tensor as(const Tensor& tensor, ScalarType type) {
-  const Tensor typed = tensor.scalar_type() == type ? tensor : tensor.to(type);
-  return typed.is_contiguous() ? typed : typed.contiguous();
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
-}
-
 // ------------------------------------------------------------------------------------------------ arguments
-
-// What both operators are called with; see ops.cpp.
-struct Call {
-  const Tensor& x;
-  const at::TensorList weights;
-  const Tensor &h_0, &c_0;
-  const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
-  int64_t num_layers;
-  bool bidirectional, has_bias, allow_bf16;
-};
 
 // With `lengths`: where the driver's packed rows lie in the caller's padded tensors.
 struct Packing {
@@ -66,43 +35,16 @@ struct Packing {
   std::vector<int64_t> rows;       // [problem.N]: t * B + batch row
 };
 
-// A call, checked and measured. `problem` and `schedule` are the driver's: with `lengths`, of the packed rows.
-struct Arguments {
-  Problem problem;
-  Schedule schedule;
-  std::optional<Packing> packing;
-  std::optional<Restarts> restarts[2];  // per direction
-  ScalarType type;                      // of inputs and outputs
-  ScalarType compute_type;              // of everything in between
-  int64_t per_direction;                // weights of one direction of one layer
-  Sizes rows;                           // leading sizes of x and y: [T, B], packed [N], single step [B]
-  Sizes states;                         // leading sizes of the states: [L*D, B], single step [B]
-  const char* rows_text;
-  int64_t row_count;  // product of `rows`
+// A call as the driver computes it: with `lengths`, T, B and N of the problem are those of the packed rows.
+struct DriverArguments : Arguments {
+  Schedule schedule = {};
+  std::optional<Packing> packing = {};
+  std::optional<Restarts> restarts[2] = {};  // per direction
 };
 
-void parse_batch_sizes(Arguments& a, const Tensor& batch_sizes) {
-  FASTLSTM_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.is_cpu(),
-                 "batch_sizes must be an int64 vector on the CPU, got shape ", shape_text(batch_sizes.sizes()));
-  const Tensor contiguous_sizes = as(batch_sizes, ScalarType::Long);
-  const auto* sizes = data<int64_t>(contiguous_sizes);
-  Problem& p = a.problem;
-  p.T = batch_sizes.size(0);
-  FASTLSTM_CHECK(p.T == 0 || sizes[0] == p.B, "batch_sizes[0] must be the batch size of h_0, ", p.B, ", got ",
-                 p.T ? sizes[0] : 0);
-  for (int64_t t = 0; t < p.T; ++t) {
-    FASTLSTM_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
-                   "batch_sizes must be positive and non-increasing, got ", sizes[t], " at step ", t);
-    a.schedule.offsets.push_back(a.schedule.offsets.back() + sizes[t]);
-  }
-}
-
 // Sorts the sequences by length and rewrites problem and schedule for the packed rows.
-void parse_lengths(Arguments& a, const Tensor& tensor) {
+void pack_by_lengths(DriverArguments& a, const Tensor& tensor) {
   Problem& p = a.problem;
-  FASTLSTM_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.is_cpu(),
-                 "lengths must be an int64 vector on the CPU, got another dtype or device");
-  check_shape("lengths", "[B]", tensor, {p.B});
   const Tensor contiguous_lengths = as(tensor, ScalarType::Long);
   const auto* lengths = data<int64_t>(contiguous_lengths);
   Packing packing;
@@ -131,11 +73,8 @@ void parse_lengths(Arguments& a, const Tensor& tensor) {
 
 // The mask cuts each sequence before the steps it marks, and each direction starts anew at the beginning of its pieces:
 // forward in time at the marked step, in reverse at the step before it.
-void parse_reset_mask(Arguments& a, const Tensor& tensor) {
-  FASTLSTM_CHECK(tensor.scalar_type() == ScalarType::Bool, "reset_mask must be bool, got ",
-                 dtype_name(tensor.scalar_type()));
-  check_shape("reset_mask", "x.shape[:-1]", tensor, a.rows);
-  const Tensor contiguous_mask = as(tensor, ScalarType::Bool);
+void find_restarts(DriverArguments& a, const Tensor& reset_mask) {
+  const Tensor contiguous_mask = as(reset_mask, ScalarType::Bool);
   const auto* mask = data<bool>(contiguous_mask);
   const Schedule& schedule = a.schedule;
   const auto marked = [&](int64_t row) { return mask[a.packing ? a.packing->rows[row] : row]; };
@@ -151,96 +90,17 @@ void parse_reset_mask(Arguments& a, const Tensor& tensor) {
   }
 }
 
-void parse_sizes(Arguments& a, const Call& call) {
+DriverArguments parse_for_driver(const Call& call, bool training) {
+  DriverArguments a = {parse(call, training)};
   Problem& p = a.problem;
-  const Tensor &x = call.x, &h_0 = call.h_0, &c_0 = call.c_0;
-  const bool packed = call.batch_sizes.has_value(), single_step = !packed && h_0.dim() == 2;
-  const int64_t dims = single_step ? 2 : 3;
-  const char* state_text = single_step ? "[B, P or H]" : "[L*D, B, P or H]";
-  a.rows_text = single_step ? "[B, I]" : packed ? "[sum(batch_sizes), I]" : "[T, B, I]";
-  FASTLSTM_CHECK(h_0.dim() == dims, "h_0 must be ", state_text, ", got ", shape_text(h_0.sizes()));
-  FASTLSTM_CHECK(c_0.dim() == dims, "c_0 must be ", state_text, ", got ", shape_text(c_0.sizes()));
-  FASTLSTM_CHECK(x.dim() == (packed ? 2 : dims), "x must be ", a.rows_text, ", got ", shape_text(x.sizes()));
-  FASTLSTM_CHECK(!single_step || (p.layers == 1 && p.directions == 1),
-                 "a single step has one layer and one direction, got num_layers = ", p.layers,
-                 ", bidirectional = ", p.directions == 2);
-  const auto h_sizes = h_0.sizes();
-  const int64_t out = h_sizes[dims - 1];
-  p.B = h_sizes[dims - 2];
-  p.H = c_0.sizes()[dims - 1];
-  p.P = out == p.H ? 0 : out;
-  const auto x_sizes = x.sizes();
-  p.I = x_sizes[x_sizes.size() - 1];
-  FASTLSTM_CHECK(p.I >= 1, "x must have at least one feature, got ", shape_text(x_sizes));
-  FASTLSTM_CHECK(out >= 1 && out <= p.H, "h_0 must have at least 1 and at most as many features as c_0, got ", out,
-                 " and ", p.H);
-  a.states = single_step ? Sizes{p.B} : Sizes{p.layers * p.directions, p.B};
-  check_shape("h_0", state_text, h_0, a.states.then(out));
-  check_shape("c_0", state_text, c_0, a.states.then(p.H));
-
-  a.schedule.offsets = {0};
-  if (packed) {
-    parse_batch_sizes(a, *call.batch_sizes);
-    a.rows = {a.schedule.rows()};
-  } else {
-    p.T = single_step ? 1 : x_sizes[0];
-    a.rows = single_step ? Sizes{p.B} : Sizes{p.T, p.B};
-    for (int64_t t = 1; t <= p.T; ++t) a.schedule.offsets.push_back(t * p.B);
-  }
-  a.row_count = p.N = a.schedule.rows();
-  check_shape("x", a.rows_text, x, a.rows.then(p.I));
-  FASTLSTM_CHECK(p.T > 0, "x must have at least one time step, got ", shape_text(x_sizes));
-  if (call.lengths) {
-    FASTLSTM_CHECK(a.rows.size() == 2, "lengths needs x as [T, B, I], got ", a.rows_text);
-    parse_lengths(a, *call.lengths);
-  }
-  if (call.reset_mask) parse_reset_mask(a, *call.reset_mask);
-}
-
-Arguments parse(const Call& call, bool training) {
-  Arguments a = {};
-  Problem& p = a.problem;
-  FASTLSTM_CHECK(call.num_layers > 0, "num_layers must be positive, got ", call.num_layers);
-  p.layers = call.num_layers;
-  p.directions = call.bidirectional ? 2 : 1;
-  p.training = training;
-  parse_sizes(a, call);
-  const int64_t states = p.layers * p.directions, out = p.output_size();
-
-  a.type = call.x.scalar_type();
-  FASTLSTM_CHECK(a.type == ScalarType::Float || a.type == ScalarType::Double || a.type == ScalarType::BFloat16 ||
-                     a.type == ScalarType::Half,
-                 "x must be float32, float64, bfloat16 or float16, got ", dtype_name(a.type));
-  a.compute_type = a.type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  p.compute_bytes = a.compute_type == ScalarType::Double ? 8 : 4;
-  p.bf16_allowed = a.type == ScalarType::BFloat16 || (a.type == ScalarType::Float && call.allow_bf16);
-  const auto check_type = [&](const char* name, const Tensor& t) {
-    FASTLSTM_CHECK(t.scalar_type() == a.type, name, " must have the dtype of x, ", dtype_name(a.type), ", got ",
-                   dtype_name(t.scalar_type()));
-  };
-  check_type("h_0", call.h_0);
-  check_type("c_0", call.c_0);
-
-  const at::TensorList weights = call.weights;
-  a.per_direction = 2 + (call.has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
-  FASTLSTM_CHECK(static_cast<int64_t>(weights.size()) == states * a.per_direction, "weights must be ", states, " * ",
-                 a.per_direction, " tensors (L*D times W_ih, W_hh", call.has_bias ? ", b_ih, b_hh" : "",
-                 p.P > 0 ? ", W_hr" : "", "), got ", weights.size());
-  for (int64_t i = 0; i < states; ++i) {
-    const Tensor* w = weights.data() + i * a.per_direction;
-    for (int64_t j = 0; j < a.per_direction; ++j) check_type("every weight", w[j]);
-    check_shape("W_ih", "[4H, I]", w[0], {kGates * p.H, i < p.directions ? p.I : p.directions * out});
-    check_shape("W_hh", "[4H, P]", w[1], {kGates * p.H, out});
-    if (call.has_bias) check_shape("b_ih", "[4H]", w[2], {kGates * p.H});
-    if (call.has_bias) check_shape("b_hh", "[4H]", w[3], {kGates * p.H});
-    if (p.P > 0) check_shape("W_hr", "[P, H]", w[a.per_direction - 1], {p.P, p.H});
-  }
-  if (call.dropout_mask) {
-    check_type("dropout_mask", *call.dropout_mask);
-    FASTLSTM_CHECK(p.layers > 1, "dropout_mask needs num_layers > 1, got ", p.layers);
-    check_shape("dropout_mask", "[L-1, *x.shape[:-1], D*P]", *call.dropout_mask,
-                a.rows.after(p.layers - 1).then(p.directions * out));
-  }
+  p.bf16_allowed = a.type == ScalarType::BFloat16 || (a.type == ScalarType::Float && call.reduced_products);
+  if (call.batch_sizes)
+    a.schedule.offsets = std::move(a.offsets);
+  else if (call.lengths)
+    pack_by_lengths(a, *call.lengths);
+  else
+    for (int64_t t = 0; t <= p.T; ++t) a.schedule.offsets.push_back(t * p.B);
+  if (call.reset_mask) find_restarts(a, *call.reset_mask);
   return a;
 }
 
@@ -274,10 +134,10 @@ struct RowMap {
 };
 
 // Of [blocks, *x.shape[:-1], features], and of [L*D, caller's B, features].
-RowMap map_rows(const Arguments& a, int64_t blocks, int64_t features) {
+RowMap map_rows(const DriverArguments& a, int64_t blocks, int64_t features) {
   return {a.packing->rows, a.row_count, blocks, features};
 }
-RowMap map_states(const Arguments& a, int64_t features) {
+RowMap map_states(const DriverArguments& a, int64_t features) {
   return {a.packing->sequences, a.states[1], a.states[0], features};
 }
 
@@ -286,7 +146,7 @@ RowMap map_states(const Arguments& a, int64_t features) {
 template <class T>
 class Inputs {
  public:
-  Inputs(const Arguments& a, size_t expected) : a_(a) { kept_.reserve(expected); }
+  Inputs(const DriverArguments& a, size_t expected) : a_(a) { kept_.reserve(expected); }
 
   const T* plain(const Tensor& tensor) {
     kept_.push_back(as(tensor, a_.compute_type));
@@ -310,7 +170,7 @@ class Inputs {
     return to;
   }
 
-  const Arguments& a_;
+  const DriverArguments& a_;
   std::vector<Tensor> kept_;
 };
 
@@ -318,7 +178,7 @@ class Inputs {
 template <class T>
 class Outputs {
  public:
-  explicit Outputs(const Arguments& a) : a_(a) {}
+  explicit Outputs(const DriverArguments& a) : a_(a) {}
 
   // [*x.shape[:-1], features]; zero beyond the end of a sequence
   T* rows(const Tensor& tensor, int64_t features) {
@@ -349,14 +209,14 @@ class Outputs {
     return data<T>(packed_.back().rows);
   }
 
-  const Arguments& a_;
+  const DriverArguments& a_;
   std::vector<Packed> packed_;
 };
 
 // ------------------------------------------------------------------------------------------------ forward
 
 template <class T>
-void fill_inputs(StackInputs<T>& stack, const Arguments& a, const Call& call, Inputs<T>& inputs) {
+void fill_inputs(StackInputs<T>& stack, const DriverArguments& a, const Call& call, Inputs<T>& inputs) {
   const Problem& p = a.problem;
   stack.problem = &p;
   stack.schedule = &a.schedule;
@@ -387,7 +247,7 @@ void run(const Stack& stack, const PassPlan& plan) {
 }
 
 template <class T>
-ForwardResult forward(const Arguments& a, const Call& call) {
+ForwardResult forward(const DriverArguments& a, const Call& call) {
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, out = p.output_size(), width = p.directions * out;
   const Tensor y = empty(a.rows.then(width), a.compute_type);
@@ -426,23 +286,19 @@ ForwardResult forward(const Arguments& a, const Call& call) {
 ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
                    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                    const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                   bool allow_bf16, bool save) {
+                   bool reduced_products, bool save) {
   const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    allow_bf16};
-  const Arguments a = parse(call, save);
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
+  const DriverArguments a = parse_for_driver(call, save);
   return a.compute_type == ScalarType::Double ? forward<double>(a, call) : forward<float>(a, call);
 }
 
 // ------------------------------------------------------------------------------------------------ backward
 
-struct OutputGradients {
-  const OptionalTensor &y, &h_n, &c_n;
-};
-
 template <class T>
-BackwardResult backward(const Arguments& a, const Call& call, const OutputGradients& d, const Tensor& y,
-                        at::TensorList saved, at::IntArrayRef needs) {
+BackwardResult backward(const DriverArguments& a, const Call& call, const BackwardCall& b) {
   const Problem& p = a.problem;
+  const at::IntArrayRef needs = b.needs;
   const int64_t out = p.output_size();
   // The driver updates the gradients of the states in place, from those of h_n and c_n to those of h_0 and c_0.
   const auto carry = [&](const OptionalTensor& incoming, int64_t features) {
@@ -453,7 +309,7 @@ BackwardResult backward(const Arguments& a, const Call& call, const OutputGradie
       t.zero_();
     return t;
   };
-  const Tensor d_h = carry(d.h_n, out), d_c = carry(d.c_n, p.H);
+  const Tensor d_h = carry(b.d_h_n, out), d_c = carry(b.d_c_n, p.H);
   const Tensor d_x = empty(needs[0] ? a.rows.then(p.I) : Sizes{0}, a.compute_type);
   std::vector<Tensor> d_weights;
   d_weights.reserve(call.weights.size());
@@ -468,11 +324,11 @@ BackwardResult backward(const Arguments& a, const Call& call, const OutputGradie
   if (p.B > 0) {
     StackBackward<T> stack;
     fill_inputs(stack, a, call, inputs);
-    stack.y = inputs.rows(y, 1, p.directions * out);
-    stack.gates = data<T>(saved[0]);
-    stack.cells = data<T>(saved[1]);
-    stack.layer_outputs = data<T>(saved[2]);
-    stack.d_y = d.y ? inputs.rows(*d.y, 1, p.directions * out) : nullptr;
+    stack.y = inputs.rows(b.y, 1, p.directions * out);
+    stack.gates = data<T>(b.saved[0]);
+    stack.cells = data<T>(b.saved[1]);
+    stack.layer_outputs = data<T>(b.saved[2]);
+    stack.d_y = b.d_y ? inputs.rows(*b.d_y, 1, p.directions * out) : nullptr;
     stack.d_x = d_x_data;
     stack.d_h = outputs.states(d_h, out, true);
     stack.d_c = outputs.states(d_c, p.H, true);
@@ -499,29 +355,14 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
                              const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
                              const OptionalTensor& lengths, const OptionalTensor& reset_mask,
                              const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                             bool allow_bf16, at::IntArrayRef needs) {
+                             bool reduced_products, at::IntArrayRef needs) {
   const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    allow_bf16};
-  const Arguments a = parse(call, true);
-  const Problem& p = a.problem;
-  const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
-  FASTLSTM_CHECK(needs.size() == weights.size() + 2, "needs must have 2 + ", weights.size(), " entries, got ",
-                 needs.size());
-  FASTLSTM_CHECK(saved.size() == 3, "saved must hold gates, cells and layer_outputs, got ", saved.size(),
-                 " tensors (was the forward pass run with save=True?)");
-  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, a.row_count, kGates * p.H});
-  check_shape("cells", "[L*D, N, H]", saved[1], {states, a.row_count, p.H});
-  check_shape("layer_outputs", "[L-1, N, D*P]", saved[2], {p.layers - 1, a.row_count, width});
-  for (const Tensor& t : saved)
-    FASTLSTM_CHECK(t.scalar_type() == a.compute_type && t.is_contiguous(),
-                   "saved must be passed as the forward pass returned it");
-  check_shape("y", "[*x.shape[:-1], D*P]", y, a.rows.then(width));
-  if (d_y) check_shape("d_y", "[*x.shape[:-1], D*P]", *d_y, a.rows.then(width));
-  if (d_h_n) check_shape("d_h_n", "the shape of h_0", *d_h_n, a.states.then(p.output_size()));
-  if (d_c_n) check_shape("d_c_n", "the shape of c_0", *d_c_n, a.states.then(p.H));
-  const OutputGradients d = {d_y, d_h_n, d_c_n};
-  return a.compute_type == ScalarType::Double ? backward<double>(a, call, d, y, saved, needs)
-                                              : backward<float>(a, call, d, y, saved, needs);
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
+  const BackwardCall backward_call = {d_y, d_h_n, d_c_n, y, saved, needs};
+  const DriverArguments a = parse_for_driver(call, true);
+  check_backward(a, call, backward_call, a.compute_type);
+  return a.compute_type == ScalarType::Double ? backward<double>(a, call, backward_call)
+                                              : backward<float>(a, call, backward_call);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -242,7 +243,32 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         info["gpu"] = properties.name
         info["gpu_memory_bytes"] = properties.total_memory
+        info["gpu_multiprocessors"] = properties.multi_processor_count
+        info["gpu_capability"] = f"{properties.major}.{properties.minor}"
+        info["gpu_now"] = gpu_state(str(properties.uuid))
     return info
+
+
+_GPU_QUERIES = {
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def gpu_state(uuid: str) -> dict[str, str]:
+    """Driver, clocks, power and temperature at this moment, as nvidia-smi gives them; empty where it does not."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_QUERIES.values())}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            [*command, f"--id=GPU-{uuid}"], check=True, capture_output=True, text=True, timeout=20
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = answer.strip().split(", ")
+    return dict(zip(_GPU_QUERIES, values, strict=True)) if len(values) == len(_GPU_QUERIES) else {}
 
 
 def cpu_features() -> list[str]:
@@ -260,6 +286,7 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "compiler": fastlstm.build_info()["compiler"],
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

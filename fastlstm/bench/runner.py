@@ -6,8 +6,10 @@ Called by `fastlstm bench`, which shows each Comparison as it comes and writes a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,6 +18,10 @@ from fastlstm.bench.shapes import Shape
 from fastlstm.bench.timing import Timing, measure
 from fastlstm.bench.workload import PASSES, Pass, Workload
 from fastlstm.verify import ErrorReport, check_passes
+
+# Float64 remembers every step on its way to gradients, more than a GPU's memory holds of the largest shapes: there
+# gradients are checked over this many steps, the outputs over all of them.
+CHECKED_STEPS_ON_GPU = 16
 
 
 def parse_device(text: str) -> str:
@@ -57,7 +63,12 @@ def num_threads(count: int | None) -> Iterator[None]:
 
 
 def run(
-    shapes: Sequence[Shape], *, device: str = "cpu", passes: Sequence[Pass] = PASSES, budget_s: float = 4.0
+    shapes: Sequence[Shape],
+    *,
+    device: str = "cpu",
+    passes: Sequence[Pass] = PASSES,
+    budget_s: float = 4.0,
+    time_limit_s: float | None = None,
 ) -> Iterator[Comparison]:
     """Yields one Comparison for each shape and pass; an error gives a row without a timing.
 
@@ -66,13 +77,19 @@ def run(
         device: "cpu" or "cuda".
         passes: "forward" is inference, "forward_backward" training.
         budget_s: seconds of timing for each shape and pass, both contenders together; see timing.measure.
+        time_limit_s: seconds after which no further shape is begun.
     """
+    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+    if torch.device(device).type == "cuda":
+        reach_working_clock(device)
     for shape in shapes:
+        if deadline is not None and time.monotonic() >= deadline:
+            return
         workload = Workload(shape, device=device)
         reports: dict[Pass, list[ErrorReport]] = {}
         failure: str | None = None
         try:
-            reports = check_passes(workload, passes)
+            reports = _check(workload, passes)
         except RuntimeError as error:
             failure = _one_line(error)
         for pass_ in passes:
@@ -93,15 +110,54 @@ def run(
             yield Comparison(*(_timed(row, timings.get(row.contender)) for row in (ours, theirs)))
 
 
+def reach_working_clock(device: str, seconds: float = 0.5) -> None:
+    """Keeps a GPU busy until its clock is that of sustained work; idle, it runs at a fraction of it."""
+    a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
+        for _ in range(10):
+            torch.mm(a, a)
+        torch.cuda.synchronize(device)
+
+
+def seconds_on_gpu(device: torch.device) -> Callable[[Callable[[], None]], float]:
+    """A `seconds_of` for timing.measure: from what begins a function's work on the device to what ends it."""
+
+    def seconds_of(run: Callable[[], None]) -> float:
+        with torch.cuda.device(device):
+            event: Any = torch.cuda.Event  # whose stubs lack types
+            begin, end = event(enable_timing=True), event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1e3
+
+    return seconds_of
+
+
+def _check(workload: Workload, passes: Sequence[Pass]) -> dict[Pass, list[ErrorReport]]:
+    shape = workload.shape
+    if workload.device.type != "cuda" or shape.T <= CHECKED_STEPS_ON_GPU:
+        return check_passes(workload, passes)
+    reports = check_passes(workload, ["forward"])
+    if "forward_backward" in passes:
+        shorter = Workload(replace(shape, T=CHECKED_STEPS_ON_GPU), device=workload.device)
+        reports |= check_passes(shorter, ["forward_backward"])
+    return reports
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
 def _time(workload: Workload, pass_: Pass, budget_s: float, contenders: Sequence[str]) -> dict[str, Timing]:
     steps = {contender: workload.step(contender, pass_) for contender in contenders}
-    synchronize = torch.cuda.synchronize if workload.device.type == "cuda" else lambda: None
+    on_gpu = workload.device.type == "cuda"
     with workload.precision():
-        return measure(steps, budget_s=budget_s, synchronize=synchronize)
+        return measure(steps, budget_s=budget_s, seconds_of=seconds_on_gpu(workload.device) if on_gpu else None)
 
 
 def _row(shape: Shape, device: str, pass_: Pass, contender: str) -> Row:

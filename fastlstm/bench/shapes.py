@@ -1,8 +1,9 @@
 """The named shapes: every LSTM problem that `fastlstm bench` and the pytest-benchmark suites time.
 
-One list, `SHAPES`, with the workload each shape stands for. A shape's name is derived from its fields, so a
-name can never disagree with what runs. `select` turns the text of `--shapes` and `--dtype` into shapes and is
-called by the command line and by benchmarks/conftest.py; `fastlstm.verify` builds its own small shapes.
+One list, `SHAPES`, with the workload each shape stands for, and `GPU_SHAPES` with the sizes that fill a GPU. A
+shape's name is derived from its fields, so a name can never disagree with what runs. `select` turns the text of
+`--shapes` and `--dtype` into shapes and is called by the command line and by benchmarks/conftest.py;
+`fastlstm.verify` builds its own small shapes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Shape:
         autocast: run under `torch.autocast` with bfloat16.
         bf16_products: run with `torch.backends.mkldnn.rnn.fp32_precision = "bf16"`, the user's permission to
             multiply in bfloat16 inside fp32 modules.
+        ieee: run with `torch.backends.cudnn.rnn.fp32_precision = "ieee"`, which forbids the TF32 products that torch
+            permits by default inside fp32 modules on a GPU.
+        gpu: belongs to the group `gpu`, and to no other.
         stands_for: the real workload this shape is a sample of.
     """
 
@@ -54,6 +58,8 @@ class Shape:
     dtype: str = "float32"
     autocast: bool = False
     bf16_products: bool = False
+    ieee: bool = False
+    gpu: bool = False
     stands_for: str = ""
 
     def __post_init__(self) -> None:
@@ -88,6 +94,8 @@ class Shape:
             parts.append("autocast")
         if self.bf16_products:
             parts.append("bf16products")
+        if self.ieee:
+            parts.append("ieee")
         return "-".join(parts)
 
     @property
@@ -116,6 +124,8 @@ class Shape:
     @property
     def groups(self) -> tuple[str, ...]:
         """The group names of `--shapes` that contain this shape."""
+        if self.gpu:
+            return ("gpu",)
         if self.mixed or self.dtype != "float32":
             return ("all", "lowprec")
         if self.kind == "cell":
@@ -130,7 +140,7 @@ class Shape:
 
 
 GROUPS: dict[str, str] = {
-    "all": "every named shape",
+    "all": "every named shape but those of gpu",
     "core": "the float32 shapes",
     "dense": "one layer, a batch of equally long sequences",
     "streaming": "batch of one, or one step per call",
@@ -139,6 +149,7 @@ GROUPS: dict[str, str] = {
     "stacked": "several layers, both directions",
     "cell": "LSTMCell",
     "lowprec": "bfloat16, float16, autocast and bfloat16 products",
+    "gpu": "sizes that fill a GPU in bfloat16, float16 and float32 (with TF32), the most telling ones first",
 }
 
 
@@ -177,6 +188,33 @@ SHAPES: tuple[Shape, ...] = (
 )
 
 
+def _gpu_shapes() -> tuple[Shape, ...]:
+    """A grid of sizes and a few structures, sorted so that a run which ends early has measured what tells most."""
+    dtypes = {"bfloat16": 0.0, "float16": 0.25, "float32": 0.5}
+    hidden = {512: 0.0, 1024: 0.0, 128: 0.3, 256: 0.2, 768: 0.3, 2048: 0.6}
+    batches = {64: 0.0, 16: 0.0, 1: 0.3, 128: 0.3, 256: 0.6}
+    ranked: list[tuple[float, Shape]] = []
+    for dtype, rank in dtypes.items():
+        ranked.append(
+            (rank + 0.05, _square(1024, 16, 768, "the sizes of other projects' published timings", dtype=dtype))
+        )
+        for H, of_hidden in hidden.items():
+            for B, of_batch in batches.items():
+                stands_for = "one sequence on a GPU" if B == 1 else "a layer of a large model on a GPU"
+                ranked.append((rank + of_hidden + of_batch, _square(512, B, H, stands_for, dtype=dtype)))
+        structures: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("a stack on a GPU", {"layers": 2}),
+            ("a bidirectional encoder on a GPU", {"directions": 2}),
+            ("variable-length text on a GPU", {"packed": True}),
+            ("speech recognition's LSTM with projection on a GPU", {"P": 128}),
+        )
+        ranked += [(rank + 0.15, _square(512, 64, 512, why, dtype=dtype, **fields)) for why, fields in structures]
+    return tuple(replace(shape, gpu=True) for _, shape in sorted(ranked, key=lambda pair: pair[0]))
+
+
+GPU_SHAPES = _gpu_shapes()
+
+
 def parse_dtype(text: str) -> str:
     """A key of `DTYPES` from its long or short name ("bfloat16", "bf16"); ValueError for anything else."""
     by_name = {name: name for name in DTYPES} | {short: name for name, short in SHORT_DTYPES.items()}
@@ -195,14 +233,15 @@ def select(text: str, dtype: str | None = None) -> list[Shape]:
         ValueError: an unknown name, or nothing left to run.
     """
     wanted = [word.strip().lower() for word in text.split(",") if word.strip()]
-    known = set(GROUPS) | {shape.name.lower() for shape in SHAPES}
+    everything = (*SHAPES, *GPU_SHAPES)
+    known = set(GROUPS) | {shape.name.lower() for shape in everything}
     for word in wanted:
         if word not in known:
             raise ValueError(
                 f"unknown shape {word!r}: expected a group ({', '.join(GROUPS)}) or a name that "
                 "`fastlstm bench --list` shows"
             )
-    selected = [s for s in SHAPES if any(word == s.name.lower() or word in s.groups for word in wanted)]
+    selected = [s for s in everything if any(word == s.name.lower() or word in s.groups for word in wanted)]
     if dtype is not None:
         target = parse_dtype(dtype)
         selected = [replace(s, dtype=target) for s in selected if not s.mixed or target == "float32"]

@@ -46,6 +46,7 @@ def measure(
     min_samples: int = 5,
     max_samples: int = 400,
     synchronize: Callable[[], None] = lambda: None,
+    seconds_of: Callable[[Callable[[], None]], float] | None = None,
 ) -> dict[str, Timing]:
     """Times `contenders` in turns for about `budget_s` seconds in total.
 
@@ -57,18 +58,26 @@ def measure(
         min_samples: samples to take of each contender even if slow calls exceed the budget; at least 2.
         max_samples: samples of each contender after which the rest of the budget is left unused.
         synchronize: waits for an asynchronous device; called around every sample.
+        seconds_of: runs a function and returns its seconds by a clock of its own, such as a device's; by default
+            time.perf_counter() counts from one `synchronize` to the next.
 
     Returns:
         name -> Timing, in the order of `contenders`.
     """
 
-    def sample(call: Callable[[], None], calls: int) -> float:
+    def of_host(run: Callable[[], None]) -> float:
         synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            call()
+        run()
         synchronize()
-        return (time.perf_counter() - start) / calls
+        return time.perf_counter() - start
+
+    def sample(call: Callable[[], None], calls: int) -> float:
+        def run() -> None:
+            for _ in range(calls):
+                call()
+
+        return (seconds_of or of_host)(run) / calls
 
     # As in timeit: a collection inside one contender's turn would be charged to it at random.
     collecting = gc.isenabled()

@@ -17,29 +17,38 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
-from fastlstm import FastLSTM, FastLSTMCell, reference
+from fastlstm import FastLSTM, FastLSTMCell, _ops, reference
 from fastlstm.bench.shapes import DTYPES, Shape
 
 if TYPE_CHECKING:
-    from fastlstm.planning import Plan
+    from fastlstm.planning import CudaPlan, Plan
 
 Pass = Literal["forward", "forward_backward"]
 PASSES: tuple[Pass, ...] = ("forward", "forward_backward")
 # The stubs of torch.backends lack the precision settings.
 _mkldnn: Any = torch.backends.mkldnn
+_cudnn: Any = torch.backends.cudnn
 CONTENDERS = ("fastlstm", "torch")
 
 
 @contextlib.contextmanager
-def permit_bf16_products() -> Iterator[None]:
-    """Torch's switch that lets products of float32 tensors be taken of bfloat16 values; the old setting comes back."""
-    rnn = _mkldnn.rnn
+def _fp32_precision(rnn: Any, precision: str) -> Iterator[None]:
     previous = rnn.fp32_precision
-    rnn.fp32_precision = "bf16"
+    rnn.fp32_precision = precision
     try:
         yield
     finally:
         rnn.fp32_precision = previous
+
+
+def permit_bf16_products() -> contextlib.AbstractContextManager[None]:
+    """Torch's switch that lets products of float32 tensors be taken of bfloat16 values; the old setting comes back."""
+    return _fp32_precision(_mkldnn.rnn, "bf16")
+
+
+def tf32_products(permitted: bool) -> contextlib.AbstractContextManager[None]:
+    """Torch's switch for TF32 products of float32 tensors in RNNs on a GPU; the old setting comes back."""
+    return _fp32_precision(_cudnn.rnn, "tf32" if permitted else "ieee")
 
 
 @contextlib.contextmanager
@@ -67,13 +76,14 @@ class Workload:
         self.shape = shape
         self.device = torch.device(device)
         self.modules = self._build_modules(seed)
-        generator = torch.Generator().manual_seed(seed)
+        # On a GPU its own generator draws: that of the CPU would take longer than everything measured there.
+        generator = torch.Generator(self.device).manual_seed(seed)
         dtype = DTYPES[shape.dtype]
 
         def random(*size: int) -> Tensor:
             # Values that bfloat16 represents exactly give every contender and the oracle the same numbers,
             # whatever precision each of them reads its input in.
-            return torch.randn(size, generator=generator).bfloat16().to(self.device, dtype)
+            return torch.randn(size, generator=generator, device=self.device).bfloat16().to(dtype)
 
         lead: tuple[int, ...] = (shape.T, shape.B)
         stack: tuple[int, ...] = (shape.layers * shape.directions, shape.B)
@@ -104,22 +114,40 @@ class Workload:
                 "bidirectional": shape.directions == 2,
                 "proj_size": shape.P,
             }
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self._on_gpu else []):
             torch.manual_seed(seed)
             ours, theirs = (make(shape.I, shape.H, bias=shape.bias, **arguments, **factory) for make in classes)
         ours.load_state_dict(theirs.state_dict())
         return {"fastlstm": ours, "torch": theirs}
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """The shape's global switches; holds during every call, restores the user's setting afterwards."""
-        with permit_bf16_products() if self.shape.bf16_products else contextlib.nullcontext():
+        with contextlib.ExitStack() as switches:
+            if self.shape.bf16_products:
+                switches.enter_context(permit_bf16_products())
+            if self.shape.ieee:
+                switches.enter_context(tf32_products(False))
             yield
+
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """The dtype with the precision of the products, where that is lower than the dtype of the results."""
+        if self.shape.mixed:
+            return torch.bfloat16
+        with self.precision():
+            tf32 = self._on_gpu and self.shape.dtype == "float32" and _ops.reduced_products_permitted("cuda")
+        return torch.float16 if tf32 else None  # TF32 has the fraction of float16
 
     def step(self, contender: str, pass_: Pass) -> Callable[[], None]:
         """The call to time, to be made inside `precision()`."""
         module = self.modules[contender]
         autocast = self.shape.autocast
+        self._set_mode(module, pass_)
         if pass_ == "forward":
 
             def forward() -> None:
@@ -141,7 +169,7 @@ class Workload:
 
         return forward_backward
 
-    def plan(self, pass_: Pass) -> Plan:
+    def plan(self, pass_: Pass) -> Plan | CudaPlan:
         """The plan that FastLSTM follows for this shape."""
         shape = self.shape
         with self.precision():
@@ -155,6 +183,7 @@ class Workload:
                 D=shape.directions,
                 dtype=torch.bfloat16 if shape.autocast else DTYPES[shape.dtype],
                 training=pass_ == "forward_backward",
+                device=self.device,
             )
 
     def results(self, contender: str, pass_: Pass) -> dict[str, Tensor]:
@@ -177,28 +206,32 @@ class Workload:
                 return self._results(module, pass_, autocast=True)
 
     def exact(self, pass_: Pass) -> dict[str, Tensor]:
-        """The results in float64, by the reference implementation, on the CPU."""
+        """The results in float64, by the reference implementation."""
         shape = self.shape
-        x, *state = (t.detach().double().cpu().requires_grad_() for t in (self.x, *self.state))
-        named = {
-            name: p.detach().double().cpu().requires_grad_() for name, p in self.modules["torch"].named_parameters()
-        }
+        x, *state = (t.detach().double().requires_grad_() for t in (self.x, *self.state))
+        named = {name: p.detach().double().requires_grad_() for name, p in self.modules["torch"].named_parameters()}
         cell = shape.kind == "cell"
         stack = shape.layers * shape.directions
         h_0, c_0 = state or (x.new_zeros(stack, shape.B, size) for size in (shape.output_size, shape.H))
-        outputs: tuple[Tensor, ...] = reference.lstm(
-            x[None] if cell else x,
-            list(named.values()),
-            h_0[None] if cell else h_0,
-            c_0[None] if cell else c_0,
-            num_layers=shape.layers,
-            bidirectional=shape.directions == 2,
-            has_bias=shape.bias,
-            batch_sizes=self.batch_sizes,
-        )
+        with torch.set_grad_enabled(pass_ == "forward_backward"):
+            outputs: tuple[Tensor, ...] = reference.lstm(
+                x[None] if cell else x,
+                list(named.values()),
+                h_0[None] if cell else h_0,
+                c_0[None] if cell else c_0,
+                num_layers=shape.layers,
+                bidirectional=shape.directions == 2,
+                has_bias=shape.bias,
+                batch_sizes=self.batch_sizes,
+            )
         if cell:
             outputs = tuple(output[0] for output in outputs)
         return self._collect(outputs, pass_, x, state, named)
+
+    def _set_mode(self, module: nn.Module, pass_: Pass) -> None:
+        """In training mode cuDNN keeps what backward needs, whether or not a gradient can be asked for."""
+        if self._on_gpu:
+            module.train(pass_ == "forward_backward")
 
     def _call(self, module: nn.Module, autocast: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(y, h_n, c_n); y is the packed rows for a PackedSequence, and h_n itself for a cell."""
@@ -224,6 +257,7 @@ class Workload:
         torch.autograd.backward(wanted[: len(gradients)], gradients)
 
     def _results(self, module: nn.Module, pass_: Pass, autocast: bool) -> dict[str, Tensor]:
+        self._set_mode(module, pass_)
         with self.precision(), torch.inference_mode(pass_ == "forward"):
             outputs = self._call(module, autocast)
         return self._collect(outputs, pass_, self.x, self.state, dict(module.named_parameters()))

@@ -1,0 +1,65 @@
+// The operators' arguments, checked and measured alike for all backends. Nothing here reads device memory: of the
+// values of tensors only batch_sizes are checked, and each backend deals with those of lengths and reset_mask.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "checks.h"
+#include "ops.h"
+#include "problem.h"
+
+namespace fastlstm {
+
+using at::ScalarType;
+
+// What both operators are called with; see ops.cpp.
+struct Call {
+  const Tensor& x;
+  const at::TensorList weights;
+  const Tensor &h_0, &c_0;
+  const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
+  int64_t num_layers;
+  bool bidirectional, has_bias, reduced_products;
+};
+
+// What lstm_backward is called with in addition.
+struct BackwardCall {
+  const OptionalTensor &d_y, &d_h_n, &d_c_n;
+  const Tensor& y;
+  const at::TensorList saved;
+  const at::IntArrayRef needs;
+};
+
+struct Arguments {
+  Problem problem;               // as the caller's tensors say: T, B and N know nothing of lengths
+  std::vector<int64_t> offsets;  // [T + 1], rows of step t are offsets[t] ... offsets[t+1]-1; empty without batch_sizes
+  ScalarType type;               // of inputs and outputs
+  ScalarType compute_type;       // of sums and the cell state
+  int64_t per_direction;         // weights of one direction of one layer
+  Sizes rows;                    // leading sizes of x and y: [T, B], packed [N], single step [B]
+  Sizes states;                  // leading sizes of the states: [L*D, B], single step [B]
+  const char* rows_text;
+  int64_t row_count;  // product of `rows`
+};
+
+// Throws unless shapes, dtypes and devices fit. All tensors are then on the device of x, and that is the one for which
+// the dispatcher chose the backend; only batch_sizes are on the CPU, and lengths may be.
+Arguments parse(const Call& call, bool training);
+
+// The rest of lstm_backward's arguments, of which `a` are the first. `saved_type`: of gates and layer_outputs as the
+// backend's forward pass saves them; cells are in the compute type.
+void check_backward(const Arguments& a, const Call& call, const BackwardCall& backward, ScalarType saved_type);
+
+// Contiguous and of the given type; the tensor itself where it already is.
+inline Tensor as(const Tensor& tensor, ScalarType type) {
+  const Tensor typed = tensor.scalar_type() == type ? tensor : tensor.to(type);
+  return typed.is_contiguous() ? typed : typed.contiguous();
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+}  // namespace fastlstm

@@ -1,0 +1,185 @@
+// The gradients of a few octets of hidden units and one column tile through all steps of a backward pass: one warp. The
+// counterpart of forward_tile.cuh; "the n-th step" counts in the order of the backward pass, which is that of the
+// forward pass turned round.
+#pragma once
+
+#include "../cell.h"
+#include "elements.cuh"
+#include "layout.h"
+#include "sequences.cuh"
+#include "tile_copy.cuh"
+
+namespace fastlstm::cuda {
+
+template <class E, int Octets>
+class BackwardTile {
+ public:
+  using Storage = typename E::Storage;
+  using Gates = float[Octets][2][kGates];  // of the unit and the two columns of a thread
+  using Products = float[Octets][2];
+
+  // `memory`: Octets * backward_tile_bytes of shared memory for this warp, aligned to 16.
+  __device__ __forceinline__ BackwardTile(const BackwardParams& params, const BackwardDirection& direction, Order order,
+                                          int first_unit, int first_column, int lane, unsigned char* memory)
+      : p_(params),
+        d_(direction),
+        order_(order),
+        lane_(lane),
+        first_unit_(first_unit),
+        first_column_(first_column),
+        memory_(memory) {
+    if (first_unit_ >= p_.hidden) return;  // a warp without cells has no memory either
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      length_[e] = length_of(p_.sequences, column(e));
+      restarted_[e] = active_[e] = false;
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        d_h_[o][e] = state(d_.d_h_n, o, e);
+        d_c_[o][e] = state(d_.d_c_n, o, e);
+      }
+    }
+    copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
+    for (int n = 0; n < kBackwardStages - 1; ++n) copy_inputs(n);
+  }
+
+  // Waits for the inputs of the n-th step. In order, n = 0, 1, ...
+  __device__ __forceinline__ void begin(int n) {
+    copy_async_wait<kBackwardStages - 3>();  // and the next step's: its c_t is the c_{t-1} of this one
+    warp_barrier();
+    const int t = time(n);
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      restarts_[e] = t < length_[e] && order_.restarts(p_.sequences, t, column(e), length_[e]);
+  }
+
+  // Takes W_hh^T d_gates of the step before the n-th: from here on, d_h is the gradient of what the n-th step gave to
+  // it.
+  __device__ __forceinline__ void carry(const Products& product) {
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (active_[e]) d_h_[o][e] = restarted_[e] ? 0.f : product[o][e];
+  }
+
+  // The n-th step: d_gates, zero where a column has no step.
+  __device__ __forceinline__ void compute(int n, Gates& d_gates) {
+    const int t = time(n);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      active_[e] = t < length_[e];
+      restarted_[e] = restarts_[e];
+      const bool first = order_.first(t, length_[e]);
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        const Storage* const gates = stage(o, n);
+        const int cell = (2 * (lane_ % 4) + e) * kOctet + lane_ / 4;
+        float (&g)[kGates] = d_gates[o][e];
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) g[gate] = E::load(gates[gate * kCellsOfTile + cell]);
+        float d_h = d_h_[o][e], d_c = d_c_[o][e];
+        if (d_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);
+        const float c_before = restarts_[e] ? 0.f : first ? state(d_.c_0, o, e) : cells(o, n + 1)[cell];
+        cell_backward<typename E::Math>(g[0], g[1], g[2], g[3], cells(o, n)[cell], c_before, d_h, d_c);
+        if (active_[e]) d_c_[o][e] = restarts_[e] ? 0.f : d_c;
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) g[gate] = active_[e] ? g[gate] : 0.f;
+      }
+    }
+  }
+
+  // Stores what the n-th step made and starts to copy a later step's inputs.
+  __device__ __forceinline__ void end(int n, const Gates& d_gates) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (!active_[e]) continue;
+      const int64_t row = row_of(p_.sequences, time(n), column(e));
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        if (unit(o) >= p_.hidden) continue;
+        Storage* const to = static_cast<Storage*>(d_.d_gates) + row * kGates * p_.hidden + unit(o);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          to[static_cast<int64_t>(gate) * p_.hidden] = E::store(d_gates[o][e][gate]);
+      }
+    }
+    copy_inputs(n + kBackwardStages - 1);
+  }
+
+  // After the last step, and after carry() of its product where d_h_0 is needed.
+  __device__ __forceinline__ void finish() const {
+    copy_async_wait<0>();
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!has_state(o, e)) continue;
+        if (d_.d_h_0 != nullptr) static_cast<Storage*>(d_.d_h_0)[state_index(o, e)] = E::store(d_h_[o][e]);
+        if (d_.d_c_0 != nullptr) static_cast<Storage*>(d_.d_c_0)[state_index(o, e)] = E::store(d_c_[o][e]);
+      }
+  }
+
+ private:
+  __device__ __forceinline__ int unit(int o) const { return first_unit_ + o * kOctet + lane_ / 4; }
+  __device__ __forceinline__ int column(int e) const { return first_column_ + 2 * (lane_ % 4) + e; }
+  __device__ __forceinline__ int time(int n) const {
+    return order_.time(p_.sequences.steps - 1 - n, p_.sequences.steps);
+  }
+  __device__ __forceinline__ bool has_state(int o, int e) const {
+    return unit(o) < p_.hidden && column(e) < p_.sequences.batch;
+  }
+  __device__ __forceinline__ int64_t state_index(int o, int e) const {
+    return static_cast<int64_t>(column(e)) * p_.hidden + unit(o);
+  }
+  // This thread's element of a state [B, H], zero where there is none.
+  __device__ __forceinline__ float state(const void* states, int o, int e) const {
+    if (states == nullptr || !has_state(o, e)) return 0.f;
+    return E::load(static_cast<const Storage*>(states)[state_index(o, e)]);
+  }
+
+  // Of each octet, a ring of stages: gates [4][column][unit], d_y [column][unit]. Behind it, the ring of the cell
+  // states [column][unit].
+  static constexpr int kStageElements = (kGates + 1) * kCellsOfTile;
+  __device__ __forceinline__ Storage* stage(int o, int n) const {
+    return reinterpret_cast<Storage*>(memory_ + o * backward_tile_bytes(sizeof(Storage))) +
+           n % kBackwardStages * kStageElements;
+  }
+  __device__ __forceinline__ float* cells(int o, int n) const {
+    return reinterpret_cast<float*>(stage(o, 0) + kBackwardStages * kStageElements) +
+           n % kBackwardStages * kCellsOfTile;
+  }
+
+  // Each lane copies the 8 units of one column of one gate, and eight lanes each those of d_y and of the cell state.
+  __device__ __forceinline__ void copy_inputs(int n) {
+    const int part = lane_ / kColumns, column = lane_ % kColumns;
+    const bool exists = n < p_.sequences.steps && time(n) < copied_length_;
+    const int64_t row = exists ? row_of(p_.sequences, time(n), first_column_ + column) : 0;
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0,
+                unit = count > 0 ? first_unit_ + o * kOctet : 0;
+      copy_octet(stage(o, n) + lane_ * kOctet,
+                 static_cast<const Storage*>(d_.gates) + (row * kGates + part) * p_.hidden + unit, count, p_.aligned);
+      if (part == 0 && d_.d_y != nullptr)
+        copy_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
+                   static_cast<const Storage*>(d_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
+      if (part == 1)
+        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(d_.cells) + row * p_.hidden + unit, count,
+                   p_.aligned);
+    }
+    copy_async_commit();
+  }
+
+  const BackwardParams& p_;
+  const BackwardDirection& d_;
+  const Order order_;
+  const int lane_, first_unit_, first_column_;
+  unsigned char* const memory_;
+  int length_[2], copied_length_;
+  float d_h_[Octets][2], d_c_[Octets][2];
+  bool restarts_[2];               // the states before the step were zero
+  bool active_[2], restarted_[2];  // of the step before: whether the column had it, and restarts_
+};
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,527 @@
+// The operators on CUDA: tensors in, checks, layer after layer the products over all steps and the recurrence as
+// planned, tensors out.
+//
+// Products over all steps (x W_ih^T and the gradients of x and of the weights) are torch's, that is cuBLAS's; the
+// recurrence is ours. Everything happens on the current stream of x's device, nothing waits for it, and all memory is
+// torch's: a call can be captured in a CUDA graph, unless it has batch_sizes or lengths on the CPU, which are copied.
+//
+// All of one dtype: gates_x, activations and their gradients are saved and exchanged in the dtype of x; sums and cell
+// states are float32 (float64 for float64).
+#include "cuda_ops.h"
+
+#include <ATen/DeviceGuard.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../arguments.h"
+#include "../cell.h"
+#include "runtime.h"
+
+namespace fastlstm::cuda {
+
+namespace {
+
+Element element_of(ScalarType type, bool reduced_products) {
+  switch (type) {
+    case ScalarType::BFloat16: return Element::kBf16;
+    case ScalarType::Half: return Element::kFp16;
+    case ScalarType::Double: return Element::kFp64;
+    default: return reduced_products ? Element::kTf32 : Element::kFp32;
+  }
+}
+
+// Pointers to the parameters of one direction of one layer; an absent one is an undefined tensor.
+struct Weights {
+  Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+};
+
+// A call on the device, measured, with all it has in contiguous tensors.
+class Stack {
+ public:
+  Stack(const Arguments& arguments, const Call& call)
+      : a(arguments),
+        p(arguments.problem),
+        element(element_of(a.type, call.reduced_products)),
+        stream(current_stream(call.x.device())),
+        limits(limits_of(call.x.device())),
+        constraints(forced()),
+        options(call.x.options()),
+        x(rows(call.x)),
+        h_0(states(call.h_0)),
+        c_0(states(call.c_0)) {
+    if (call.dropout_mask) dropout_mask = call.dropout_mask->reshape({p.layers - 1, p.N, width()});
+    for (size_t i = 0; i < call.weights.size(); i += a.per_direction) {
+      const Tensor* w = call.weights.data() + i;
+      Weights weights = {w[0].contiguous(), w[1].contiguous(), {}, {}, {}};
+      if (call.has_bias) weights.b_ih = w[2].contiguous(), weights.b_hh = w[3].contiguous();
+      if (p.P > 0) weights.w_hr = w[a.per_direction - 1].contiguous();
+      weights_.push_back(std::move(weights));
+    }
+    sequences.steps = static_cast<int>(p.T);
+    sequences.batch = static_cast<int>(p.B);
+    if (!a.offsets.empty()) {
+      // A column has the steps that have a row for it.
+      std::vector<int64_t> table = a.offsets;
+      for (int64_t b = 0, t = p.T; b < p.B; ++b) {
+        while (a.offsets[t] - a.offsets[t - 1] <= b) --t;
+        table.push_back(t);
+      }
+      lengths_ = on_device(table);
+      sequences.offsets = data<int64_t>(lengths_);
+      sequences.lengths = sequences.offsets + p.T + 1;
+    } else if (call.lengths) {
+      lengths_ = call.lengths->contiguous().to(call.x.device());
+      sequences.lengths = data<int64_t>(lengths_);
+    }
+    if (call.reset_mask) {
+      reset_mask_ = call.reset_mask->contiguous();
+      sequences.resets = data<bool>(reset_mask_);
+    }
+  }
+
+  const Weights& weights(int64_t layer, int64_t direction) const { return weights_[layer * p.directions + direction]; }
+  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
+  Tensor empty_compute(at::IntArrayRef sizes) const { return at::empty(sizes, options.dtype(a.compute_type)); }
+  Tensor product(const Tensor& left, const Tensor& right) const {
+    Tensor result = empty({left.size(0), right.size(1)});
+    multiply(element, result, left, right);
+    return result;
+  }
+  int64_t width() const { return p.directions * p.output_size(); }
+  // Rows of x, y and what is saved that belong to no step: columns are of different lengths and nothing is packed.
+  bool padded() const { return sequences.lengths != nullptr && sequences.offsets == nullptr; }
+  // Rows [first, first + count) of the n-th step of a direction, for products over one step.
+  std::pair<int64_t, int64_t> rows_of_step(int64_t t) const {
+    if (a.offsets.empty()) return {t * p.B, p.B};
+    return {a.offsets[t], a.offsets[t + 1] - a.offsets[t]};
+  }
+  // Whether rows of H elements begin at multiples of 16 bytes: kernels then load them in such pieces.
+  bool aligned(std::initializer_list<const Tensor*> tensors) const {
+    const int64_t elements = 16 / storage_bytes(element);
+    bool all = p.H % elements == 0;
+    for (const Tensor* t : tensors)
+      all = all && (!t->defined() || reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0);
+    return all;
+  }
+  // What the teams of a launch exchange their states through, with all tags as no first step has them.
+  Tensor exchange_buffer(const PassPlan& plan, int directions, int blocks_of_k) const {
+    const auto bytes = static_cast<int64_t>(exchange_bytes(blocks_of_k, plan.team.tiles)) * directions * plan.groups;
+    Tensor buffer = at::empty({bytes}, options.dtype(ScalarType::Byte));
+    check(cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream), "clearing an exchange buffer");
+    return buffer;
+  }
+  // Rows of factors as kernels load them: of a multiple of 8 elements, aligned to 16 bytes, zero behind H.
+  Tensor factor_rows(const Tensor& t) const {
+    if (row_stride() == p.H && aligned({&t})) return t;
+    Tensor padded = at::zeros({t.size(0), row_stride()}, options);
+    padded.narrow(1, 0, p.H).copy_(t);
+    return padded;
+  }
+  int row_stride() const { return ceil_div(static_cast<int>(p.H), kOctet) * kOctet; }
+  // [*x.shape[:-1], features] as [N, features], contiguous.
+  Tensor rows(const Tensor& t) const { return t.reshape({p.N, t.size(-1)}).contiguous(); }
+  // [L*D, B, features], or of a single step [B, features], as [L*D, B, features].
+  Tensor states(const Tensor& t) const { return t.reshape({p.layers * p.directions, p.B, t.size(-1)}).contiguous(); }
+
+  const Arguments& a;
+  const Problem& p;
+  const Element element;
+  const cudaStream_t stream;
+  const Device& limits;
+  const Constraints constraints;
+  const at::TensorOptions options;
+  const Tensor x, h_0, c_0;  // [N, I]; [L*D, B, P]; [L*D, B, H]
+  Tensor dropout_mask;       // [L-1, N, D*P], or undefined
+  Sequences sequences = {};
+
+ private:
+  Tensor on_device(const std::vector<int64_t>& values) const {
+    const Tensor on_host = at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())},
+                                         at::dtype(ScalarType::Long));
+    return on_host.clone().to(options.device());
+  }
+
+  std::vector<Weights> weights_;
+  Tensor lengths_, reset_mask_;
+};
+
+// Of a pass, the launches that compute `directions` directions of a layer and a part of the batch each.
+template <class Launch>
+void for_each_launch(const Stack& stack, const PassPlan& plan, const Launch& launch) {
+  const int at_once = plan.both_directions ? 2 : 1;
+  for (int direction = 0; direction < stack.p.directions; direction += at_once)
+    for (int wave = 0; wave < plan.waves; ++wave)
+      launch(direction, at_once, wave * plan.groups * plan.team.tiles * kColumns);
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+struct LayerForward {
+  int64_t index;
+  Tensor input;         // [N, I_l]
+  Tensor y;             // [N, D*P]
+  Tensor h_n, c_n;      // [L*D, B, P], [L*D, B, H]
+  Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined in inference
+};
+
+ForwardDirection direction_of(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x,
+                              const Tensor& w_hh, const Tensor& h_0) {
+  const int64_t state = layer.index * s.p.directions + direction;
+  const Weights& w = s.weights(layer.index, direction);
+  const auto pointer = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
+  const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
+  return {pointer(gates_x),
+          pointer(w_hh),
+          pointer(w.b_ih),
+          pointer(w.b_hh),
+          pointer(h_0),
+          part(s.c_0),
+          layer.y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr(),
+          part(layer.h_n),
+          part(layer.c_n),
+          part(layer.gates),
+          part(layer.cells)};
+}
+
+void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x) {
+  const Problem& p = s.p;
+  const Weights& w = s.weights(layer.index, direction);
+  const Tensor product = s.empty({p.B, kGates * p.H}), h = s.empty({p.B, p.output_size()});
+  const Tensor c = s.empty_compute({p.B, p.H});
+  Tensor hidden_state, projected;
+  StepForwardParams params = {};
+  params.sequences = s.sequences;
+  params.reverse = direction == 1;
+  params.hidden = static_cast<int>(p.H);
+  params.outputs = static_cast<int>(p.output_size());
+  params.y_stride = s.width();
+  params.direction = direction_of(s, layer, direction, gates_x, w.w_hh, s.h_0[layer.index * p.directions + direction]);
+  params.product = product.data_ptr();
+  params.h = h.data_ptr();
+  params.c = c.data_ptr();
+  if (p.P > 0) {
+    hidden_state = s.empty({p.B, p.H});
+    projected = s.empty({p.B, p.P});
+    params.hidden_state = hidden_state.data_ptr();
+    params.projected = projected.data_ptr();
+  }
+  check(launch_states_forward(s.element, params, s.stream), "a forward pass");
+  for (int n = 0; n < s.sequences.steps; ++n) {
+    params.n = n;
+    const int64_t count = s.rows_of_step(params.reverse ? p.T - 1 - n : n).second;
+    multiply(s.element, product.narrow(0, 0, count), h.narrow(0, 0, count), w.w_hh.t());
+    check(launch_cells_forward(s.element, params, s.stream), "a forward step");
+    if (p.P == 0) continue;
+    multiply(s.element, projected.narrow(0, 0, count), hidden_state.narrow(0, 0, count), w.w_hr.t());
+    check(launch_outputs_forward(s.element, params, s.stream), "a forward step");
+  }
+}
+
+// By a family that keeps the weights in CTAs.
+void fused_forward(const Stack& s, const LayerForward& layer, const PassPlan& plan,
+                   const std::vector<Tensor>& gates_x) {
+  ForwardParams params = {};
+  params.sequences = s.sequences;
+  params.hidden = static_cast<int>(s.p.H);
+  params.row_stride = s.row_stride();
+  params.y_stride = s.width();
+  params.team = plan.team;
+  params.groups = plan.groups;
+  const int blocks_of_k = forward_blocks(params.hidden, storage_bytes(s.element));
+  for_each_launch(s, plan, [&](int direction, int directions, int first_column) {
+    params.directions = directions;
+    params.reverse = direction == 1;
+    params.first_column = first_column;
+    params.aligned = true;
+    Tensor w_hh[kMaxDirections], h_0[kMaxDirections];
+    for (int i = 0; i < directions; ++i) {
+      const int64_t d = direction + i;
+      w_hh[i] = s.factor_rows(s.weights(layer.index, d).w_hh);
+      h_0[i] = s.factor_rows(s.h_0[layer.index * s.p.directions + d]);
+      params.direction[i] = direction_of(s, layer, d, gates_x[d], w_hh[i], h_0[i]);
+      params.aligned = params.aligned && s.aligned({&gates_x[d]});
+    }
+    if (plan.family == Family::kResident) {
+      check(launch_resident_forward(s.element, params, s.stream), "a forward pass");
+    } else {
+      const Tensor buffer = s.exchange_buffer(plan, directions, blocks_of_k);
+      params.exchange = buffer.data_ptr();
+      check(launch_persistent_forward(s.element, params, s.stream), "a forward pass");
+    }
+  });
+}
+
+// What layer l + 1 reads: the outputs of layer l, with dropout.
+Tensor input_of_layer(const Stack& s, int64_t layer, const Tensor& outputs_below) {
+  if (layer == 0) return s.x;
+  return s.dropout_mask.defined() ? outputs_below.mul(s.dropout_mask[layer - 1]) : outputs_below;
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+struct LayerBackward {
+  int64_t index;
+  Tensor y;             // [N, D*P], of this layer
+  Tensor d_y;           // [N, D*P], or undefined
+  Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]
+  Tensor d_h_n, d_c_n;  // [L*D, B, P], [L*D, B, H], or undefined
+  Tensor d_h_0, d_c_0;  // likewise
+};
+
+BackwardDirection direction_of(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& d_gates,
+                               const Tensor& w_hh) {
+  const int64_t state = layer.index * s.p.directions + direction;
+  const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
+  return {
+      s.weights(layer.index, direction).w_hh.data_ptr(),
+      part(layer.gates),
+      part(layer.cells),
+      part(s.c_0),
+      layer.d_y.defined() ? layer.d_y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr() : nullptr,
+      part(layer.d_h_n),
+      part(layer.d_c_n),
+      d_gates.data_ptr(),
+      part(layer.d_h_0),
+      part(layer.d_c_0)};
+}
+
+// With a projection, also the factors of the gradient of W_hr: d_outputs [N, P] and hidden_states [N, H].
+void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& d_gates,
+                       const Tensor& d_outputs, const Tensor& hidden_states) {
+  const Problem& p = s.p;
+  const Weights& w = s.weights(layer.index, direction);
+  const Tensor product = s.empty({p.B, p.output_size()}), d_h = s.empty_compute({p.B, p.output_size()});
+  const Tensor d_c = s.empty_compute({p.B, p.H});
+  Tensor d_hidden;
+  StepBackwardParams params = {};
+  params.sequences = s.sequences;
+  params.reverse = direction == 1;
+  params.hidden = static_cast<int>(p.H);
+  params.outputs = static_cast<int>(p.output_size());
+  params.y_stride = s.width();
+  params.direction = direction_of(s, layer, direction, d_gates, w.w_hh);
+  params.product = product.data_ptr();
+  params.d_h = d_h.data_ptr();
+  params.d_c = d_c.data_ptr();
+  if (p.P > 0) {
+    d_hidden = s.empty({p.B, p.H});
+    params.d_outputs = d_outputs.data_ptr();
+    params.d_hidden = d_hidden.data_ptr();
+    params.hidden_states = hidden_states.data_ptr();
+  }
+  check(launch_states_backward(s.element, params, s.stream), "a backward pass");
+  for (int n = 0; n < s.sequences.steps; ++n) {
+    params.n = n;
+    const auto [first, count] = s.rows_of_step(params.reverse ? n : p.T - 1 - n);
+    if (p.P > 0) {
+      check(launch_outputs_backward(s.element, params, s.stream), "a backward step");
+      multiply(s.element, d_hidden.narrow(0, 0, count), d_outputs.narrow(0, first, count), w.w_hr);
+    }
+    check(launch_cells_backward(s.element, params, s.stream), "a backward step");
+    multiply(s.element, product.narrow(0, 0, count), d_gates.narrow(0, first, count), w.w_hh);
+  }
+  params.n = s.sequences.steps;
+  if (layer.d_h_0.defined()) check(launch_finish_backward(s.element, params, s.stream), "a backward pass");
+}
+
+void fused_backward(const Stack& s, const LayerBackward& layer, const PassPlan& plan,
+                    const std::vector<Tensor>& d_gates) {
+  BackwardParams params = {};
+  params.sequences = s.sequences;
+  params.hidden = static_cast<int>(s.p.H);
+  params.row_stride = s.row_stride();
+  params.y_stride = s.width();
+  params.team = plan.team;
+  params.groups = plan.groups;
+  params.aligned = s.aligned({&layer.gates, &layer.cells, &layer.d_y});
+  const int blocks_of_k = backward_blocks(params.hidden, storage_bytes(s.element));
+  for_each_launch(s, plan, [&](int direction, int directions, int first_column) {
+    params.directions = directions;
+    params.reverse = direction == 1;
+    params.first_column = first_column;
+    Tensor w_hh[kMaxDirections];
+    for (int i = 0; i < directions; ++i) {
+      w_hh[i] = s.factor_rows(s.weights(layer.index, direction + i).w_hh);
+      params.direction[i] = direction_of(s, layer, direction + i, d_gates[direction + i], w_hh[i]);
+    }
+    if (plan.family == Family::kResident) {
+      check(launch_resident_backward(s.element, params, s.stream), "a backward pass");
+    } else {
+      const Tensor buffer = s.exchange_buffer(plan, directions, blocks_of_k);
+      params.exchange = buffer.data_ptr();
+      check(launch_persistent_backward(s.element, params, s.stream), "a backward pass");
+    }
+  });
+}
+
+// d_gates^T times what each step read as h.
+Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& d_gates) {
+  const Problem& p = s.p;
+  const bool reverse = direction == 1;
+  const Tensor h_0 = s.h_0[layer.index * p.directions + direction];
+  const Tensor y = layer.y.narrow(1, direction * p.output_size(), p.output_size());
+  if (s.sequences.lengths == nullptr && s.sequences.resets == nullptr) {
+    // Row n of y is what step n + 1 (in reverse, n - 1) read.
+    const int64_t others = p.N - p.B;
+    const Tensor of_first = d_gates.narrow(0, reverse ? others : 0, p.B).t(),
+                 of_others = d_gates.narrow(0, reverse ? 0 : p.B, others).t();
+    const Tensor gradient = s.product(of_first, h_0);
+    if (others > 0) multiply(s.element, gradient, of_others, y.narrow(0, reverse ? p.B : 0, others), true);
+    return gradient;
+  }
+  const Tensor previous = s.empty({p.N, p.output_size()});
+  PreviousOutputsParams params = {s.sequences,        reverse,      static_cast<int>(p.output_size()),
+                                  s.width(),          y.data_ptr(), h_0.data_ptr(),
+                                  previous.data_ptr()};
+  check(launch_previous_outputs(s.element, params, s.stream), "a backward pass");
+  return s.product(d_gates.t(), previous);
+}
+
+// x without the rows that belong to no step: what they hold must not reach a gradient, NaN included.
+Tensor without_padding(const Stack& s, const Tensor& input, const Tensor& lengths) {
+  const Tensor steps = at::arange(s.p.T, lengths.options()).unsqueeze(1);
+  const Tensor behind_end = steps.ge(lengths.unsqueeze(0)).reshape({s.p.N, 1});
+  return input.masked_fill(behind_end, 0);
+}
+
+}  // namespace
+
+ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                   const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                   bool reduced_products, bool save) {
+  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
+  const Arguments a = parse(call, save);
+  const at::OptionalDeviceGuard guard(x.device());
+  const Problem& p = a.problem;
+  const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
+  const Tensor h_n = at::empty({states, p.B, p.output_size()}, x.options()),
+               c_n = at::empty({states, p.B, p.H}, x.options());
+  const auto compute = x.options().dtype(a.compute_type);
+  std::vector<Tensor> saved;
+  if (save)
+    saved = {at::empty({states, p.N, kGates * p.H}, x.options()), at::empty({states, p.N, p.H}, compute),
+             at::empty({p.layers - 1, p.N, width}, x.options())};
+  Tensor y = at::empty({p.N, width}, x.options());
+  if (p.B > 0) {
+    const Stack s(a, call);
+    const PassPlan plan = plan_forward(p, s.element, s.limits, s.constraints);
+    Tensor below;
+    for (int64_t l = 0; l < p.layers; ++l) {
+      const bool top = l == p.layers - 1;
+      Tensor out = top ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
+      if (s.padded()) out.zero_();
+      const LayerForward layer = {
+          l, input_of_layer(s, l, below), out, h_n, c_n, save ? saved[0] : Tensor(), save ? saved[1] : Tensor()};
+      std::vector<Tensor> gates_x;
+      for (int64_t d = 0; d < p.directions; ++d) gates_x.push_back(s.product(layer.input, s.weights(l, d).w_ih.t()));
+      if (plan.family == Family::kStepwise)
+        for (int64_t d = 0; d < p.directions; ++d) stepwise_forward(s, layer, d, gates_x[d]);
+      else
+        fused_forward(s, layer, plan, gates_x);
+      below = out;
+    }
+  }
+  const auto as_states = [&](const Tensor& t) { return t.reshape(a.states.then(t.size(-1))); };
+  return {y.reshape(a.rows.then(width)), as_states(h_n), as_states(c_n), std::move(saved)};
+}
+
+BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
+                             const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
+                             const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
+                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
+                             const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
+                             bool reduced_products, at::IntArrayRef needs) {
+  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
+                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
+  const Arguments a = parse(call, true);
+  check_backward(a, call, {d_y, d_h_n, d_c_n, y, saved, needs}, a.type);
+  const at::OptionalDeviceGuard guard(x.device());
+  const Problem& p = a.problem;
+  const Tensor nothing = at::empty({0}, x.options());
+  std::vector<Tensor> d_weights(weights.size(), nothing);
+  if (p.B == 0) {  // sums over no rows
+    for (size_t i = 0; i < weights.size(); ++i)
+      if (needs[2 + i]) d_weights[i] = weights[i].new_zeros(weights[i].sizes());
+    const auto like = [&](const Tensor& t, bool needed) { return needed ? t.new_empty(t.sizes()) : nothing; };
+    return {like(x, needs[0]), like(h_0, needs[1]), like(c_0, needs[1]), std::move(d_weights)};
+  }
+  const Stack s(a, call);
+  const PassPlan plan = plan_backward(p, s.element, s.limits, s.constraints);
+  const auto given = [&](const OptionalTensor& t) { return t ? s.states(*t) : Tensor(); };
+  const Tensor d_h_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.output_size()}) : Tensor(),
+               d_c_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.H}) : Tensor();
+  const Tensor initial_d_h = given(d_h_n), initial_d_c = given(d_c_n);
+  Tensor d_x = nothing;
+  Tensor d_outputs_of_layer = d_y ? s.rows(*d_y) : Tensor();
+  for (int64_t l = p.layers - 1; l >= 0; --l) {
+    const Tensor outputs = l == p.layers - 1 ? s.rows(y) : saved[2][l];
+    const LayerBackward layer = {l,     outputs, d_outputs_of_layer, saved[0], saved[1], initial_d_h, initial_d_c,
+                                 d_h_0, d_c_0};
+    std::vector<Tensor> d_gates, d_outputs(p.directions), hidden_states(p.directions);
+    for (int64_t d = 0; d < p.directions; ++d) {
+      d_gates.push_back(s.empty({p.N, kGates * p.H}));
+      if (p.P > 0) d_outputs[d] = s.empty({p.N, p.P}), hidden_states[d] = s.empty({p.N, p.H});
+      if (!s.padded()) continue;
+      for (const Tensor* t : {&d_gates[d], &d_outputs[d], &hidden_states[d]})
+        if (t->defined()) t->zero_();
+    }
+    if (plan.family == Family::kStepwise)
+      for (int64_t d = 0; d < p.directions; ++d)
+        stepwise_backward(s, layer, d, d_gates[d], d_outputs[d], hidden_states[d]);
+    else
+      fused_backward(s, layer, plan, d_gates);
+
+    Tensor input;  // made again only if a gradient asks for it
+    Tensor d_input;
+    for (int64_t d = 0; d < p.directions; ++d) {
+      const Weights& w = s.weights(l, d);
+      const size_t first = (l * p.directions + d) * a.per_direction;
+      const auto needed = [&](int64_t which) { return needs[2 + first + which] != 0; };
+      if (l > 0 || needs[0]) {
+        if (!d_input.defined()) d_input = s.empty({p.N, w.w_ih.size(1)});
+        multiply(s.element, d_input, d_gates[d], w.w_ih, d > 0);
+      }
+      if (needed(0)) {
+        if (!input.defined()) {
+          input = input_of_layer(s, l, l == 0 ? Tensor() : saved[2][l - 1]);
+          if (s.padded() && l == 0) input = without_padding(s, input, lengths->to(x.device()));
+        }
+        d_weights[first] = s.product(d_gates[d].t(), input);
+      }
+      if (needed(1)) d_weights[first + 1] = gradient_of_w_hh(s, layer, d, d_gates[d]);
+      if (call.has_bias && (needed(2) || needed(3))) {
+        const Tensor d_bias = d_gates[d].sum(0);
+        if (needed(2)) d_weights[first + 2] = d_bias;
+        if (needed(3)) d_weights[first + 3] = needed(2) ? d_bias.clone() : d_bias;
+      }
+      if (p.P > 0 && needed(a.per_direction - 1))
+        d_weights[first + a.per_direction - 1] = s.product(d_outputs[d].t(), hidden_states[d]);
+    }
+    if (l == 0) {
+      if (needs[0]) d_x = d_input.reshape(x.sizes());
+    } else {
+      d_outputs_of_layer = input_of_layer(s, l, d_input);  // through the same dropout
+    }
+  }
+  const auto as_states = [&](const Tensor& t) { return t.defined() ? t.reshape(a.states.then(t.size(-1))) : nothing; };
+  return {d_x, as_states(d_h_0), as_states(d_c_0), std::move(d_weights)};
+}
+
+}  // namespace fastlstm::cuda
+
+#ifndef FASTLSTM_EMULATE_CUDA  // the tests of the emulation register the operators for themselves
+TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
+  m.impl("lstm", fastlstm::cuda::lstm);
+  m.impl("lstm_backward", fastlstm::cuda::lstm_backward);
+}
+#endif

@@ -1,0 +1,183 @@
+// The cells of a few octets of hidden units and one column tile through all steps of a forward pass: one warp. For the
+// families that keep weights in CTAs; they supply the sums of the recurrent product.
+//
+// The inputs of a step, gates_x, come by asynchronous copies through a ring of stages in shared memory, in which each
+// lane copies the 8 units of one gate and one column. States stay in registers from the first step to the last.
+#pragma once
+
+#include "../cell.h"
+#include "elements.cuh"
+#include "layout.h"
+#include "sequences.cuh"
+#include "tile_copy.cuh"
+
+namespace fastlstm::cuda {
+
+template <class E, int Octets>
+class ForwardTile {
+ public:
+  using Storage = typename E::Storage;
+  using Gates = float[Octets][2][kGates];  // of the unit and the two columns of a thread
+  using Outputs = float[Octets][2];
+
+  // `memory`: Octets * forward_tile_bytes of shared memory for this warp, aligned to 16.
+  __device__ __forceinline__ ForwardTile(const ForwardParams& params, const ForwardDirection& direction, Order order,
+                                         int first_unit, int first_column, int lane, unsigned char* memory)
+      : p_(params),
+        d_(direction),
+        order_(order),
+        lane_(lane),
+        first_unit_(first_unit),
+        first_column_(first_column),
+        memory_(memory) {
+    if (first_unit_ >= p_.hidden) return;  // a warp without cells has no memory either
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      length_[e] = length_of(p_.sequences, column(e));
+      restart_[e] = restarts(0, e);
+    }
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      biases(o)[lane_] = bias(lane_ / kOctet, first_unit_ + o * kOctet + lane_ % kOctet);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool exists = has_state(o, e);
+        h_[o][e] = exists ? E::load(static_cast<const Storage*>(
+                                d_.h_0)[static_cast<int64_t>(column(e)) * p_.row_stride + unit(o)])
+                          : 0.f;
+        c_[o][e] = exists ? E::load(static_cast<const Storage*>(d_.c_0)[state_index(o, e)]) : 0.f;
+      }
+    }
+    copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
+    for (int n = 0; n < kForwardStages - 1; ++n) copy_inputs(n);
+  }
+
+  // What the product of the next step reads: h_t, unless the sequence is cut there.
+  __device__ __forceinline__ void outputs(Outputs& h) const {
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) h[o][e] = restart_[e] ? 0.f : h_[o][e];
+  }
+
+  // Pre-activations of the n-th step but for the recurrent product. In order, n = 0, 1, ...
+  __device__ __forceinline__ void begin(int n, Gates& a) {
+    copy_async_wait<kForwardStages - 2>();
+    warp_barrier();
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        if (restart_[e]) c_[o][e] = 0.f;
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          a[o][e][gate] = E::load(stage(o, n)[(gate * kColumns + 2 * (lane_ % 4) + e) * kOctet + lane_ / 4]) +
+                          biases(o)[gate * kOctet + lane_ / 4];
+      }
+      restart_[e] = n + 1 < p_.sequences.steps && restarts(n + 1, e);
+    }
+  }
+
+  // The cells of the n-th step. a: whole pre-activations on entry, activations on exit.
+  __device__ __forceinline__ void compute(int n, Gates& a) {
+    const int t = order_.time(n, p_.sequences.steps);
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float (&g)[kGates] = a[o][e];
+        float c = c_[o][e];
+        cell_state<typename E::Math>(g[0], g[1], g[2], g[3], c);
+        const float h = cell_output<typename E::Math>(g[3], c);
+        if (t >= length_[e]) continue;
+        c_[o][e] = c;
+        h_[o][e] = h;
+      }
+  }
+
+  // Stores what the n-th step made and starts to copy a later step's inputs. a: activations.
+  __device__ __forceinline__ void end(int n, const Gates& a) {
+    const int t = order_.time(n, p_.sequences.steps);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (t >= length_[e]) continue;
+      const int64_t row = row_of(p_.sequences, t, column(e));
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        if (unit(o) >= p_.hidden) continue;
+        static_cast<Storage*>(d_.y)[row * p_.y_stride + unit(o)] = E::store(h_[o][e]);
+        if (d_.gates == nullptr) continue;
+        Storage* const gates = static_cast<Storage*>(d_.gates) + row * kGates * p_.hidden + unit(o);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          gates[static_cast<int64_t>(gate) * p_.hidden] = E::store(a[o][e][gate]);
+        static_cast<float*>(d_.cells)[row * p_.hidden + unit(o)] = c_[o][e];
+      }
+    }
+    copy_inputs(n + kForwardStages - 1);
+  }
+
+  __device__ __forceinline__ void finish() const {
+    copy_async_wait<0>();
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!has_state(o, e)) continue;
+        static_cast<Storage*>(d_.h_n)[state_index(o, e)] = E::store(h_[o][e]);
+        static_cast<Storage*>(d_.c_n)[state_index(o, e)] = E::store(c_[o][e]);
+      }
+  }
+
+ private:
+  __device__ __forceinline__ int unit(int o) const { return first_unit_ + o * kOctet + lane_ / 4; }
+  __device__ __forceinline__ int column(int e) const { return first_column_ + 2 * (lane_ % 4) + e; }
+  __device__ __forceinline__ bool has_state(int o, int e) const {
+    return unit(o) < p_.hidden && column(e) < p_.sequences.batch;
+  }
+  __device__ __forceinline__ int64_t state_index(int o, int e) const {
+    return static_cast<int64_t>(column(e)) * p_.hidden + unit(o);
+  }
+
+  // Of each octet, a ring of gates_x [stage][gate][column][unit], then the biases [gate][unit]: registers are scarce.
+  __device__ __forceinline__ Storage* stage(int o, int n) const {
+    return reinterpret_cast<Storage*>(memory_ + o * forward_tile_bytes(sizeof(Storage))) +
+           n % kForwardStages * kCellsOfTile * kGates;
+  }
+  __device__ __forceinline__ float* biases(int o) const {
+    return reinterpret_cast<float*>(stage(o, 0) + kForwardStages * kCellsOfTile * kGates);
+  }
+  __device__ __forceinline__ float bias(int gate, int unit) const {
+    if (d_.b_ih == nullptr || unit >= p_.hidden) return 0.f;
+    const int at = gate * p_.hidden + unit;
+    return E::load(static_cast<const Storage*>(d_.b_ih)[at]) + E::load(static_cast<const Storage*>(d_.b_hh)[at]);
+  }
+  __device__ __forceinline__ bool restarts(int n, int e) const {
+    const int t = order_.time(n, p_.sequences.steps);
+    return t < length_[e] && order_.restarts(p_.sequences, t, column(e), length_[e]);
+  }
+  __device__ __forceinline__ void copy_inputs(int n) {
+    const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
+    const bool exists = n < p_.sequences.steps && t < copied_length_;
+    const int64_t row = exists ? row_of(p_.sequences, t, first_column_ + lane_ % kColumns) : 0;
+    const Storage* const from =
+        static_cast<const Storage*>(d_.gates_x) + (row * kGates + gate) * p_.hidden + first_unit_;
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;
+      copy_octet(stage(o, n) + lane_ * kOctet, count > 0 ? from + o * kOctet : from, count, p_.aligned);
+    }
+    copy_async_commit();
+  }
+
+  const ForwardParams& p_;
+  const ForwardDirection& d_;
+  const Order order_;
+  const int lane_, first_unit_, first_column_;
+  unsigned char* const memory_;
+  int length_[2], copied_length_;
+  float c_[Octets][2], h_[Octets][2];
+  bool restart_[2];  // the states are zero before the next step
+};
+
+}  // namespace fastlstm::cuda

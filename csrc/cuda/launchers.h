@@ -1,0 +1,39 @@
+// The kernels as the driver calls them. Each launcher returns what the CUDA runtime returned.
+#pragma once
+
+#ifdef FASTLSTM_EMULATE_CUDA
+#include "emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include "params.h"
+
+namespace fastlstm::cuda {
+
+// Success if this build has kernels for the current device.
+cudaError_t probe_kernels();
+
+// All steps of one layer; the recurrent weights stay in the CTAs. params.exchange must hold 0xff bytes.
+cudaError_t launch_persistent_forward(Element element, const ForwardParams& params, cudaStream_t stream);
+cudaError_t launch_persistent_backward(Element element, const BackwardParams& params, cudaStream_t stream);
+
+// The same, of few hidden units; params.exchange is not used.
+cudaError_t launch_resident_forward(Element element, const ForwardParams& params, cudaStream_t stream);
+cudaError_t launch_resident_backward(Element element, const BackwardParams& params, cudaStream_t stream);
+
+// The stepwise family: h and c from h_0 and c_0; the cells of a step; what follows the projection of a step.
+cudaError_t launch_states_forward(Element element, const StepForwardParams& params, cudaStream_t stream);
+cudaError_t launch_cells_forward(Element element, const StepForwardParams& params, cudaStream_t stream);
+cudaError_t launch_outputs_forward(Element element, const StepForwardParams& params, cudaStream_t stream);
+
+// d_h and d_c from d_h_n and d_c_n; with a projection, the gradient of a step's outputs; the cells of a step; d_h_0 and
+// d_c_0.
+cudaError_t launch_states_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_outputs_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_cells_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_finish_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
+
+cudaError_t launch_previous_outputs(Element element, const PreviousOutputsParams& params, cudaStream_t stream);
+
+}  // namespace fastlstm::cuda

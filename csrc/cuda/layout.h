@@ -1,0 +1,131 @@
+// Sizes and layouts that kernels, driver and planner agree on. Plain C++: the planner runs on machines without CUDA.
+//
+// The recurrence is cut into tiles of 8 hidden units (an octet) by 8 rows of the batch (the columns of a matrix
+// product). One warp computes the cells of a tile: with g = lane / 4 and q = lane % 4, a thread owns unit g and columns
+// 2q and 2q + 1, which is how tensor cores hand out their sums.
+//
+// The terms of a product (K) are cut into blocks of 64 bytes: 32 elements of 16 bits or 16 of 32 bits. Of a block, the
+// four lanes of a column hold 16 bytes each, which are the B operands of two MMAs. Which term a lane holds where is
+// free as long as both factors agree, so a lane takes 16 consecutive bytes of a row of the weights as they are stored.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlstm::cuda {
+
+constexpr int kOctet = 8;    // hidden units of a tile
+constexpr int kColumns = 8;  // rows of the batch of a tile
+constexpr int kWarpThreads = 32;
+constexpr int kCellsOfTile = kOctet * kColumns;
+constexpr int kBlockBytes = 64;  // of K
+constexpr int kTeamWarps = 8;    // of a CTA of the persistent family: registers hold the most weights with 8
+constexpr int kMaxDirections = 2;
+
+// Steps whose inputs are in shared memory or on their way: the latency of device memory spans several steps.
+constexpr int kForwardStages = 4;
+constexpr int kBackwardStages = 5;  // one more, because a step reads the cell state of the next one too
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A pass of the persistent family: `ctas` CTAs, a team, divide the hidden units of `tiles` column tiles among them.
+struct TeamShape {
+  int octets;  // per CTA
+  int blocks;  // of K per warp, weights of which stay in its registers (or in shared memory)
+  int tiles;   // column tiles of a team
+};
+
+// How the factors of products are held: bytes of an element, and how many of its parts are multiplied. Full float32 has
+// two, its TF32 value and what that lacks: three products on tensor cores give nearly all bits of one.
+struct Factors {
+  int bytes, parts;
+};
+
+// The element types of tensors and, for float32, of the factors of products.
+enum class Element { kBf16, kFp16, kTf32, kFp32, kFp64 };
+constexpr int storage_bytes(Element e) {
+  return e == Element::kBf16 || e == Element::kFp16 ? 2 : e == Element::kFp64 ? 8 : 4;
+}
+
+constexpr Factors factors_of(Element e) { return {storage_bytes(e), e == Element::kFp32 ? 2 : 1}; }
+
+// The shapes that are compiled.
+struct TeamVariant {
+  int octets, blocks;
+};
+template <int Parts>
+inline constexpr TeamVariant kForwardVariants[12] = {{1, 1}, {2, 1}, {4, 1}, {1, 2}, {2, 2}, {4, 2},
+                                                     {1, 3}, {2, 3}, {1, 4}, {2, 4}, {1, 8}, {2, 8}};
+template <>
+inline constexpr TeamVariant kForwardVariants<2>[3] = {{1, 1}, {1, 2}, {1, 4}};
+template <int Parts>
+inline constexpr TeamVariant kBackwardVariants[7] = {{2, 4}, {4, 4}, {2, 8}, {4, 8}, {2, 12}, {2, 16}, {2, 32}};
+template <>
+inline constexpr TeamVariant kBackwardVariants<2>[3] = {{2, 4}, {2, 8}, {2, 16}};
+
+constexpr int team_ctas(int hidden, int octets) { return ceil_div(hidden, octets * kOctet); }
+
+// Blocks of K: of h in forward, of the gradients of all four gates in backward.
+constexpr int forward_blocks(int hidden, int element_bytes) { return ceil_div(hidden * element_bytes, kBlockBytes); }
+constexpr int backward_blocks(int hidden, int element_bytes) {
+  return ceil_div(hidden, kOctet) * kOctet * 4 * element_bytes / kBlockBytes;
+}
+
+// Tiles of 16 rows by one block that a warp keeps in registers (8 per thread and part); the others wait in shared
+// memory. More would spill.
+constexpr int register_weight_tiles(int m_tiles, int blocks, int parts) {
+  const int most = parts == 1 ? 16 : 6;
+  return m_tiles * blocks <= most ? m_tiles * blocks : most - parts;
+}
+constexpr int forward_m_tiles(int octets) { return 2 * octets; }
+constexpr int backward_m_tiles(int octets) { return ceil_div(octets, 2); }
+
+// Shared memory of one warp for its other tiles.
+constexpr size_t shared_weight_bytes(int m_tiles, int blocks, int parts) {
+  return static_cast<size_t>(m_tiles * blocks - register_weight_tiles(m_tiles, blocks, parts)) * parts * kWarpThreads *
+         8 * sizeof(uint32_t);
+}
+// Sums of all warps, twice: one step's are still read while the next step's are written.
+constexpr size_t partial_bytes(int cell_tiles, int values_per_cell) {
+  return static_cast<size_t>(2) * kTeamWarps * cell_tiles * kCellsOfTile * values_per_cell * sizeof(float);
+}
+// Inputs and biases of a tile.
+constexpr size_t forward_tile_bytes(int element_bytes) {
+  return static_cast<size_t>(kForwardStages) * kCellsOfTile * 4 * element_bytes + kOctet * 4 * sizeof(float);
+}
+constexpr size_t backward_tile_bytes(int element_bytes) {  // gates and d_y, cells
+  return static_cast<size_t>(kBackwardStages) * kCellsOfTile * (5 * element_bytes + sizeof(float));
+}
+constexpr size_t forward_shared_bytes(const TeamShape& s, const Factors& f) {
+  const int cell_tiles = s.octets * s.tiles;
+  return partial_bytes(cell_tiles, 4) + kTeamWarps * shared_weight_bytes(forward_m_tiles(s.octets), s.blocks, f.parts) +
+         cell_tiles * forward_tile_bytes(f.bytes);
+}
+constexpr size_t backward_shared_bytes(const TeamShape& s, const Factors& f) {
+  const int cell_tiles = s.octets * s.tiles;
+  return partial_bytes(cell_tiles, 1) +
+         kTeamWarps * shared_weight_bytes(backward_m_tiles(s.octets), s.blocks, f.parts) +
+         cell_tiles * backward_tile_bytes(f.bytes);
+}
+
+// The resident family: a CTA has all hidden units of one column tile, `octets` per warp with all blocks of K.
+template <int Parts>
+inline constexpr TeamVariant kResidentForwardVariants[4] = {{1, 1}, {1, 2}, {1, 4}, {2, 4}};
+template <>
+inline constexpr TeamVariant kResidentForwardVariants<2>[2] = {{1, 2}, {1, 4}};
+template <int Parts>
+inline constexpr TeamVariant kResidentBackwardVariants[3] = {{1, 4}, {1, 8}, {2, 16}};
+template <>
+inline constexpr TeamVariant kResidentBackwardVariants<2>[1] = {{1, 8}};
+constexpr int resident_warps(int hidden, int octets) { return ceil_div(hidden, octets * kOctet); }
+constexpr size_t resident_shared_bytes(int hidden, int octets, int blocks_of_k, size_t tile_bytes) {
+  return static_cast<size_t>(2) * blocks_of_k * kWarpThreads * 16 +
+         resident_warps(hidden, octets) * octets * tile_bytes;
+}
+
+// Bytes of the two buffers through which one team exchanges what its next products read.
+constexpr size_t exchange_bytes(int blocks_of_k, int tiles) {
+  return static_cast<size_t>(2) * blocks_of_k * tiles * kWarpThreads * 16;
+}
+
+}  // namespace fastlstm::cuda

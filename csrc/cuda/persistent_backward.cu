@@ -1,0 +1,177 @@
+// The persistent family, backward: as persistent_forward.cu, but what the CTAs of a team exchange after every step are
+// the gradients of the gates, and the weights that they keep are columns of W_hh: d_h of the step before is
+// W_hh^T d_gates. Called by the driver for one layer; the gradients of the weights and of x are products over all steps
+// that come afterwards.
+//
+// CTA `slice` of a team owns `octets` * 8 hidden units, of which an MMA tile of 16 rows holds two octets. K runs over
+// the gates of all units: a block is 8 units for elements of 16 bits and 4 for TF32.
+#include "backward_tile.cuh"
+#include "dispatch.cuh"
+#include "exchange.cuh"
+#include "launchers.h"
+#include "product.cuh"
+
+namespace fastlstm::cuda {
+
+namespace {
+
+// Gradients of gates as the team exchanges them. They may have any value, so no bit of them is free: they travel in
+// packets of 16 bytes, which the hardware stores as a whole, and the lowest bit of the last word is the tag. For that
+// the o gate of every second unit gives up its last bit in this product; the gradients of the weights use the exact
+// ones.
+template <class E>
+class ExchangedGradients {
+ public:
+  using W = Words<E>;
+  static constexpr bool kPolls = true;
+
+  __device__ __forceinline__ ExchangedGradients(const BackwardParams& params, uint4* team_exchange, int warp, int lane)
+      : p_(params),
+        exchange_(team_exchange),
+        warp_(warp),
+        lane_(lane),
+        all_blocks_(backward_blocks(params.hidden, W::kBytes)) {
+    blocks_ = warp < all_blocks_ ? ceil_div(all_blocks_ - warp, kTeamWarps) : 0;
+  }
+
+  // The following calls are about the product with what the n-th step made.
+  __device__ __forceinline__ void set_step(int n) {
+    from_ = buffer(n) + warp_ * kWarpThreads + lane_;
+    tag_ = tag_of(n);
+  }
+
+  __device__ __forceinline__ void issue(uint4& state, int tile, int block) const {
+    state = block < blocks_ ? load_relaxed_packet(from(tile, block)) : uint4{};
+  }
+
+  __device__ __forceinline__ bool is_stale(const uint4& state, int, int block) const {
+    return block < blocks_ && (state.w & 1) != tag_;
+  }
+  __device__ __forceinline__ void accept(uint4& state, int, int) const { state.w &= ~1u; }
+  template <int MTiles>
+  __device__ __forceinline__ void poison(float (&)[MTiles][4]) const {}  // a NaN travels as it is
+
+  __device__ __forceinline__ void publish(int n, int octet, int tile, const float (&d_gates)[2][kGates]) const {
+    uint4* const to = buffer(n) + tile * all_blocks_ * kWarpThreads;
+    const uint32_t tag = tag_of(n);
+    put_gradients<E>(octet, lane_, d_gates, [&](int vector, uint4 packet) {
+      packet.w = (packet.w & ~1u) | tag;
+      store_relaxed_packet(to + vector, packet);
+    });
+  }
+
+ private:
+  // [tile][block][lane], of what the n-th step has made.
+  __device__ __forceinline__ uint4* buffer(int n) const {
+    return exchange_ + (n & 1) * p_.team.tiles * all_blocks_ * kWarpThreads;
+  }
+  __device__ __forceinline__ const uint4* from(int tile, int block) const {
+    return from_ + (tile * all_blocks_ + block * kTeamWarps) * kWarpThreads;
+  }
+
+  const BackwardParams& p_;
+  uint4* const exchange_;
+  const int warp_, lane_, all_blocks_;
+  int blocks_;  // of this warp
+  const uint4* from_ = nullptr;
+  uint32_t tag_ = 0;
+};
+
+template <class E, int Octets, int Blocks>
+__global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backward(const BackwardParams p) {
+  using W = Words<E>;
+  constexpr int kMTiles = backward_m_tiles(Octets);
+  const int lane = thread_index() % kWarpThreads, warp = thread_index() / kWarpThreads;
+  const int ctas = team_ctas(p.hidden, Octets), slice = block_index() % ctas, team = block_index() / ctas;
+  const int second = team >= p.groups, group = team - second * p.groups;
+  const BackwardDirection& d = p.direction[second];
+  const Order order = {second || p.reverse};
+  const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
+  const int first_column = p.first_column + group * tiles * kColumns;
+
+  unsigned char* const shared = shared_memory();
+  float2* const partial = reinterpret_cast<float2*>(shared);  // [2][cell tile][warp][lane]
+  unsigned char* const shared_weights = shared + partial_bytes(cell_tiles, 1);
+  unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, E::kParts);
+
+  const auto weight_rows = [&](int m, int half, int block) {
+    const int octet = 2 * m + half;
+    const int first = octet < Octets ? (slice * Octets + octet) * kOctet : p.row_stride;
+    return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block * kTeamWarps + warp, lane);
+  };
+  const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
+      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * warp), lane,
+      weight_rows);
+
+  const int octet = slice * Octets + warp % Octets, tile = warp / Octets;  // whose cells this warp computes
+  const bool has_cells = warp < cell_tiles && octet * kOctet < p.hidden;
+  ExchangedGradients<E> gradients(p,
+                                  static_cast<uint4*>(p.exchange) + static_cast<int64_t>(team) * 2 * tiles *
+                                                                        backward_blocks(p.hidden, W::kBytes) *
+                                                                        kWarpThreads,
+                                  warp, lane);
+  BackwardTile<E, 1> cells(p, d, order, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
+                           tile_memory + warp * backward_tile_bytes(W::kBytes));
+
+  // The product of the last step gives d_h_0.
+  const int products = d.d_h_0 == nullptr ? p.sequences.steps - 1 : p.sequences.steps;
+  for (int n = 0; n <= products; ++n) {
+    float2* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kWarpThreads;
+    const bool has_step = has_cells && n < p.sequences.steps;
+    if (n == 0) {
+      if (has_step) cells.begin(n);
+    } else {
+      gradients.set_step(n - 1);
+      multiply_tiles(
+          weights, tiles, gradients,
+          [&] {
+            if (has_step) cells.begin(n);
+          },
+          [&](int column_tile, const float (&sums)[kMTiles][4]) {
+#pragma unroll
+            for (int o = 0; o < Octets; ++o)
+              sums_of_step[((column_tile * Octets + o) * kTeamWarps + warp) * kWarpThreads + lane] =
+                  float2{sums[o / 2][o % 2 * 2], sums[o / 2][o % 2 * 2 + 1]};
+          });
+      block_barrier();
+      if (has_cells) {
+        float product[1][2] = {};
+#pragma unroll
+        for (int w = 0; w < kTeamWarps; ++w) {
+          const float2 sums = sums_of_step[(warp * kTeamWarps + w) * kWarpThreads + lane];
+          product[0][0] += sums.x;
+          product[0][1] += sums.y;
+        }
+        cells.carry(product);
+      }
+    }
+    if (!has_step) continue;
+    typename BackwardTile<E, 1>::Gates d_gates;
+    cells.compute(n, d_gates);
+    if (n < products) gradients.publish(n, octet, tile, d_gates[0]);
+    cells.end(n, d_gates);
+  }
+  if (has_cells) cells.finish();
+}
+
+template <class E>
+struct Kernels {
+  template <int Octets, int Blocks>
+  static auto kernel() {
+    return &persistent_backward<E, Octets, Blocks>;
+  }
+};
+
+}  // namespace
+
+cudaError_t launch_persistent_backward(Element element, const BackwardParams& params, cudaStream_t stream) {
+  const auto run = [&]<class E>(E) {
+    const auto kernel = find_variant<kBackwardVariants<E::kParts>, Kernels<E>>(params.team);
+    const LaunchShape shape = {params.directions * params.groups * team_ctas(params.hidden, params.team.octets),
+                               kTeamWarps * kWarpThreads, backward_shared_bytes(params.team, Words<E>::kFactors), true};
+    return launch(kernel, shape, stream, params);
+  };
+  return with_mma_element(element, run);
+}
+
+}  // namespace fastlstm::cuda

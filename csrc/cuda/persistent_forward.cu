@@ -1,0 +1,224 @@
+// The persistent family, forward: a team of CTAs keeps the recurrent weights in registers for the whole sequence and
+// exchanges h through L2 after every step (see product.cuh). Called by the driver for one layer.
+//
+// CTA `slice` of a team owns `octets` * 8 hidden units, all four gates of them, of which two MMA tiles of 16 rows hold
+// one octet: gates i and f, then g and o. Teams split directions and the batch; they do not meet. All CTAs of the grid
+// have to run at the same time.
+#include "dispatch.cuh"
+#include "exchange.cuh"
+#include "forward_tile.cuh"
+#include "launchers.h"
+#include "product.cuh"
+
+namespace fastlstm::cuda {
+
+namespace {
+
+// h as the team exchanges it: 16-bit or 32-bit elements, tagged in the top bit of the exponent, which is 0 in every
+// |h| <= 1. A NaN travels as a value between 1 and 2, which no h has. The first step of a sequence reads h_0 itself,
+// which may have any value.
+template <class E>
+class ExchangedH {
+ public:
+  using W = Words<E>;
+  static constexpr bool kPolls = true;
+
+  __device__ __forceinline__ ExchangedH(const ForwardParams& params, const ForwardDirection& direction, Order order,
+                                        uint4* team_exchange, int first_column, int warp, int lane)
+      : p_(params),
+        d_(direction),
+        order_(order),
+        exchange_(team_exchange),
+        first_column_(first_column),
+        warp_(warp),
+        lane_(lane) {
+    const int octets = ceil_div(p_.hidden, kOctet);
+    const int first = warp * W::kPerBlock + lane % 4 * W::kPerVector, stride = kTeamWarps * W::kPerBlock;
+    blocks_ = first < octets * kOctet ? ceil_div(octets * kOctet - first, stride) : 0;
+    all_blocks_ = forward_blocks(p_.hidden, W::kBytes);
+  }
+
+  // The following calls are about the product of the n-th step.
+  __device__ __forceinline__ void set_step(int n) {
+    from_ = buffer(n - 1) + warp_ * kWarpThreads + lane_;
+    tag_ = tag_of(n - 1) ? W::kTag : 0;
+    initial_ = zero_ = 0;
+    // All read their initial states in the first step; in reverse, shorter sequences begin later.
+    const bool ragged = order_.reverse && p_.sequences.lengths != nullptr;
+    if (n > 0 && !ragged) return;
+    for (int tile = 0; tile < p_.team.tiles; ++tile) {
+      const int b = column(tile), length = length_of(p_.sequences, b), t = order_.time(n, p_.sequences.steps);
+      const bool begins = t < length && order_.first(t, length);
+      if (begins || n == 0) initial_ |= 1u << tile;
+      if (!begins || order_.restarts(p_.sequences, t, b, length)) zero_ |= 1u << tile;
+    }
+  }
+
+  __device__ __forceinline__ void issue(uint4& state, int tile, int block) const {
+    state = uint4{};
+    if (block >= blocks_) return;
+    const uint4* from = from_ + (tile * all_blocks_ + block * kTeamWarps) * kWarpThreads;
+    if (initial_ >> tile & 1) {
+      if (zero_ >> tile & 1) return;
+      from = row_vector<E>(d_.h_0, column(tile), p_.row_stride, block * kTeamWarps + warp_, lane_);
+    }
+    state = load_relaxed(from);
+  }
+
+  __device__ __forceinline__ bool is_stale(const uint4& state, int tile, int block) const {
+    return (tag_errors(state, tag_) & tagged(tile, block)) != 0;
+  }
+
+  __device__ __forceinline__ void accept(uint4& state, int tile, int block) {
+    const uint32_t tags = tagged(tile, block);
+    above_one_ |=
+        tags & (is_above_one(state.x) | is_above_one(state.y) | is_above_one(state.z) | is_above_one(state.w));
+    state.x &= ~tags;
+    state.y &= ~tags;
+    state.z &= ~tags;
+    state.w &= ~tags;
+  }
+
+  // Makes the sums of columns NaN in which a NaN has arrived.
+  template <int MTiles>
+  __device__ __forceinline__ void poison(float (&sums)[MTiles][4]) {
+    const uint32_t lanes = warp_ballot(above_one_ != 0);
+    above_one_ = 0;
+    if (lanes == 0) return;
+    const uint32_t of_columns = lanes >> (8 * (lane_ % 4));  // four lanes hold the states of a column
+#pragma unroll
+    for (int m = 0; m < MTiles; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (of_columns & (i % 2 == 0 ? 0x0fu : 0xf0u)) sums[m][i] = float_of_bits(0x7fffffffu);
+  }
+
+  // Publishes the h of a tile that the n-th step has made, for the product of the next step.
+  __device__ __forceinline__ void publish(int n, int octet, int tile, const float (&h)[2]) const {
+    uint32_t* const to = reinterpret_cast<uint32_t*>(buffer(n) + tile * all_blocks_ * kWarpThreads);
+    const uint32_t tag = tag_of(n) ? W::kTag : 0;
+    put_h<E>(octet, lane_, h, [&](int word, uint32_t value) { store_relaxed(to + word, (value & ~W::kTag) | tag); });
+  }
+
+ private:
+  // The tag bits, if this state has any.
+  __device__ __forceinline__ uint32_t tagged(int tile, int block) const {
+    return block < blocks_ && !(initial_ >> tile & 1) ? W::kTag : 0;
+  }
+  // In the tag bits: whether an |h| is greater than 1.
+  static __device__ __forceinline__ uint32_t is_above_one(uint32_t word) {
+    return (word & W::kMagnitude) + W::kUpToTag;
+  }
+  // [tile][block][lane], of what the n-th step has made.
+  __device__ __forceinline__ uint4* buffer(int n) const {
+    return exchange_ + (n & 1) * p_.team.tiles * all_blocks_ * kWarpThreads;
+  }
+  // The column whose states this lane multiplies.
+  __device__ __forceinline__ int column(int tile) const { return first_column_ + tile * kColumns + lane_ / 4; }
+
+  const ForwardParams& p_;
+  const ForwardDirection& d_;
+  const Order order_;
+  uint4* const exchange_;
+  const int first_column_, warp_, lane_;
+  int blocks_, all_blocks_;  // of K: of this lane, of all warps
+  const uint4* from_ = nullptr;
+  uint32_t tag_ = 0, above_one_ = 0;
+  uint32_t initial_ = 0, zero_ = 0;  // column tiles whose column reads h_0, and those where that is zero
+};
+
+template <class E, int Octets, int Blocks>
+__global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forward(const ForwardParams p) {
+  using W = Words<E>;
+  constexpr int kMTiles = forward_m_tiles(Octets);
+  const int lane = thread_index() % kWarpThreads, warp = thread_index() / kWarpThreads;
+  const int ctas = team_ctas(p.hidden, Octets), slice = block_index() % ctas, team = block_index() / ctas;
+  const int second = team >= p.groups, group = team - second * p.groups;
+  const ForwardDirection& d = p.direction[second];
+  const Order order = {second || p.reverse};
+  const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
+  const int first_column = p.first_column + group * tiles * kColumns;
+
+  unsigned char* const shared = shared_memory();
+  float4* const partial = reinterpret_cast<float4*>(shared);  // [2][cell tile][warp][2][lane]
+  unsigned char* const shared_weights = shared + partial_bytes(cell_tiles, kGates);
+  unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, E::kParts);
+
+  const auto weight_rows = [&](int m, int half, int block) {
+    return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (slice * Octets + m / 2) * kOctet,
+                              block * kTeamWarps + warp, lane);
+  };
+  const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
+      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * warp), lane,
+      weight_rows);
+
+  const int octet = slice * Octets + warp % Octets, tile = warp / Octets;  // whose cells this warp computes
+  const bool has_cells = warp < cell_tiles && octet * kOctet < p.hidden;
+  const int buffer_vectors = forward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
+  ExchangedH<E> states(p, d, order, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(team) * 2 * buffer_vectors,
+                       first_column, warp, lane);
+  // Warps without cells have a tile too, whose inputs they never copy.
+  ForwardTile<E, 1> cells(p, d, order, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
+                          tile_memory + warp * forward_tile_bytes(W::kBytes));
+
+  for (int n = 0; n < p.sequences.steps; ++n) {
+    float4* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kCellsOfTile;
+    typename ForwardTile<E, 1>::Gates a;
+    states.set_step(n);
+    multiply_tiles(
+        weights, tiles, states,
+        [&] {
+          if (has_cells) cells.begin(n, a);
+        },
+        [&](int column_tile, const float (&sums)[kMTiles][4]) {
+#pragma unroll
+          for (int o = 0; o < Octets; ++o) {
+            const float (&i_f)[4] = sums[2 * o];
+            const float (&g_o)[4] = sums[2 * o + 1];
+            float4* const to = sums_of_step + ((column_tile * Octets + o) * kTeamWarps + warp) * kCellsOfTile + lane;
+            to[0] = float4{i_f[0], i_f[2], g_o[0], g_o[2]};
+            to[kWarpThreads] = float4{i_f[1], i_f[3], g_o[1], g_o[3]};
+          }
+        });
+    block_barrier();
+    if (!has_cells) continue;
+#pragma unroll(kMTiles* Blocks > 8 ? 2 : 4)  // all at once would take 64 registers
+    for (int w = 0; w < kTeamWarps; ++w)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float4 sums = sums_of_step[(warp * kTeamWarps + w) * kCellsOfTile + e * kWarpThreads + lane];
+        a[0][e][0] += sums.x;
+        a[0][e][1] += sums.y;
+        a[0][e][2] += sums.z;
+        a[0][e][3] += sums.w;
+      }
+    cells.compute(n, a);
+    typename ForwardTile<E, 1>::Outputs h;
+    cells.outputs(h);
+    if (n + 1 < p.sequences.steps) states.publish(n, octet, tile, h[0]);
+    cells.end(n, a);
+  }
+  if (has_cells) cells.finish();
+}
+
+template <class E>
+struct Kernels {
+  template <int Octets, int Blocks>
+  static auto kernel() {
+    return &persistent_forward<E, Octets, Blocks>;
+  }
+};
+
+}  // namespace
+
+cudaError_t launch_persistent_forward(Element element, const ForwardParams& params, cudaStream_t stream) {
+  const auto run = [&]<class E>(E) {
+    const auto kernel = find_variant<kForwardVariants<E::kParts>, Kernels<E>>(params.team);
+    const LaunchShape shape = {params.directions * params.groups * team_ctas(params.hidden, params.team.octets),
+                               kTeamWarps * kWarpThreads, forward_shared_bytes(params.team, Words<E>::kFactors), true};
+    return launch(kernel, shape, stream, params);
+  };
+  return with_mma_element(element, run);
+}
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,266 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <mutex>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+
+namespace fastlstm::cuda {
+
+namespace {
+
+// The cost model's constants, in SM cycles unless they say otherwise. Derived from published latencies of Hopper GPUs,
+// not measured yet: they rank candidates, and a measurement replaces them here.
+namespace cost {
+constexpr double kHandOff = 480;  // from the store of a state to its arrival at another SM through L2
+constexpr double kL2Bytes = 38;   // bytes per cycle and SM from L2
+constexpr double kMma = 6.5;      // of one tensor core per MMA of 16 x 8 x 16 elements of 16 bits, 4 cores per SM
+constexpr double kMmaLatency = 33;
+constexpr double kSharedBytes = 128;  // bytes per cycle and SM from shared memory
+constexpr double kReduction = 190;    // sums of all warps, through shared memory and a barrier
+constexpr double kCell = 100;         // the cells of a tile ...
+constexpr double kPublish = 40;       // ... and their way into the exchange buffer
+constexpr double kExposed = 0.3;      // part of the smaller of (load, multiply) that the larger does not hide
+constexpr double kBarrier = 75;       // of one CTA, with the first load from shared memory behind it
+constexpr double kLaunch = 6;         // microseconds: weights into registers, launch, filling the exchange buffer
+constexpr double kLibraryStep = 10;   // microseconds of a step whose product is a library call: host time
+constexpr double kLibraryRate = 0.4;  // of the tensor cores' peak that such a product reaches, if it is large
+constexpr double kElementwise = 3e6;  // bytes per microsecond of device memory
+}  // namespace cost
+
+bool has_mma(Element e) { return e != Element::kFp64; }
+
+// Of one column tile: two per tile of weights and product of parts.
+double mmas_per_warp(int m_tiles, int blocks, int parts) { return 2.0 * (2 * parts - 1) * m_tiles * blocks; }
+
+// Cycles of a step of a team's CTA.
+double team_step_cycles(int m_tiles, const TeamShape& team, int blocks_of_k, int parts) {
+  const double load = static_cast<double>(blocks_of_k) * kBlockBytes * kColumns * team.tiles / cost::kL2Bytes;
+  const double mmas = mmas_per_warp(m_tiles, team.blocks, parts) * team.tiles * kTeamWarps;
+  const double weights = static_cast<double>(kTeamWarps * shared_weight_bytes(m_tiles, team.blocks, parts)) *
+                         team.tiles / cost::kSharedBytes;
+  const double multiply = std::max(mmas * cost::kMma / 4, weights);
+  return cost::kHandOff + std::max(load, multiply) + cost::kExposed * std::min(load, multiply) + cost::kMmaLatency +
+         cost::kReduction + cost::kCell + cost::kPublish;
+}
+
+// Cycles of a step of a CTA of the resident family.
+double resident_step_cycles(int m_tiles, int blocks, int parts, int warps, int octets) {
+  const double mmas = mmas_per_warp(m_tiles, blocks, parts) * warps;
+  return cost::kBarrier + mmas * cost::kMma / 4 + cost::kMmaLatency + cost::kCell * octets + cost::kPublish;
+}
+
+// Microseconds per step of the stepwise family.
+double stepwise_microseconds(const Problem& p, Element e, const Device& d) {
+  const double rows = static_cast<double>(p.N) / static_cast<double>(std::max<int64_t>(p.T, 1));
+  const auto H = static_cast<double>(p.H), out = static_cast<double>(p.output_size());
+  const double multiply_adds = rows * (4 * H * out + (p.P > 0 ? H * out : 0));
+  const double peak = d.sms * d.gigahertz * 1e3 *
+                      (e == Element::kFp64   ? 64
+                       : e == Element::kFp32 ? 128
+                       : e == Element::kTf32 ? 512
+                                             : 1024);
+  const double bytes = rows * H * 12 * storage_bytes(e);
+  const double launches = p.P > 0 ? 2 : 1;
+  return static_cast<double>(p.directions) *
+         (std::max(launches * cost::kLibraryStep, multiply_adds / (peak * cost::kLibraryRate)) +
+          bytes / cost::kElementwise);
+}
+
+using Variants = std::span<const TeamVariant>;
+
+// Of those that hold all blocks, the smallest one of its octets: the others would multiply zeros.
+bool is_smallest(const TeamVariant& variant, int blocks, Variants variants) {
+  return variant.blocks >= blocks && std::ranges::none_of(variants, [&](const TeamVariant& other) {
+           return other.octets == variant.octets && other.blocks >= blocks && other.blocks < variant.blocks;
+         });
+}
+
+struct Pass {
+  bool backward;
+  Variants persistent, resident;
+
+  int blocks_of_k(int hidden, int bytes) const {
+    return backward ? backward_blocks(hidden, bytes) : forward_blocks(hidden, bytes);
+  }
+  int m_tiles(int octets) const { return backward ? backward_m_tiles(octets) : forward_m_tiles(octets); }
+  size_t resident_bytes(int hidden, int octets, int bytes) const {
+    return resident_shared_bytes(hidden, octets, blocks_of_k(hidden, bytes),
+                                 backward ? backward_tile_bytes(bytes) : forward_tile_bytes(bytes));
+  }
+  size_t shared_bytes(const TeamShape& team, const Factors& f) const {
+    return backward ? backward_shared_bytes(team, f) : forward_shared_bytes(team, f);
+  }
+};
+
+template <int Parts>
+Pass pass_with(bool backward) {
+  if (backward) return {backward, kBackwardVariants<Parts>, kResidentBackwardVariants<Parts>};
+  return {backward, kForwardVariants<Parts>, kResidentForwardVariants<Parts>};
+}
+
+Pass pass_of(Element e, bool backward) {
+  return factors_of(e).parts == 1 ? pass_with<1>(backward) : pass_with<2>(backward);
+}
+
+std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, const Constraints& constraints,
+                                 const Pass& pass) {
+  std::vector<PassPlan> plans;
+  PassPlan stepwise;
+  stepwise.microseconds = stepwise_microseconds(p, e, d);
+  plans.push_back(stepwise);
+  // A projected h is not bounded, and its product is one more exchange per step.
+  if (!has_mma(e) || p.P > 0 || p.H > 4096 || p.B == 0) return plans;
+  const Factors factors = factors_of(e);
+  const int hidden = static_cast<int>(p.H), bytes = factors.bytes, directions = static_cast<int>(p.directions);
+  const int blocks_of_k = pass.blocks_of_k(hidden, bytes), blocks_per_warp = ceil_div(blocks_of_k, kTeamWarps);
+  const int column_tiles = static_cast<int>((p.B + kColumns - 1) / kColumns);
+  for (const TeamVariant& variant : pass.resident) {
+    const int warps = resident_warps(hidden, variant.octets);
+    if (warps > kTeamWarps || !is_smallest(variant, blocks_of_k, pass.resident) ||
+        pass.resident_bytes(hidden, variant.octets, bytes) > static_cast<size_t>(d.shared_bytes))
+      continue;
+    PassPlan plan;
+    plan.family = Family::kResident;
+    plan.team = {variant.octets, variant.blocks, 1};
+    plan.groups = column_tiles;
+    plan.both_directions = directions == 2;
+    plan.ctas = directions * column_tiles;
+    plan.shared_bytes = pass.resident_bytes(hidden, variant.octets, bytes);
+    plan.waves = 1;
+    const double turns = ceil_div(plan.ctas, d.sms);
+    plan.microseconds = turns * (resident_step_cycles(pass.m_tiles(variant.octets), variant.blocks, factors.parts,
+                                                      warps, variant.octets) /
+                                     (d.gigahertz * 1e3) +
+                                 cost::kLaunch / static_cast<double>(p.T));
+    plans.push_back(plan);
+  }
+  for (const TeamVariant& variant : pass.persistent) {
+    if (!is_smallest(variant, blocks_per_warp, pass.persistent)) continue;
+    const int ctas = team_ctas(hidden, variant.octets);
+    for (int tiles = 1; tiles <= kTeamWarps / variant.octets; tiles *= 2) {
+      PassPlan plan;
+      plan.family = Family::kPersistent;
+      plan.team = {variant.octets, variant.blocks, tiles};
+      plan.shared_bytes = pass.shared_bytes(plan.team, factors);
+      if (plan.shared_bytes > static_cast<size_t>(d.shared_bytes)) break;
+      plan.both_directions = directions == 2 && 2 * ctas <= d.sms;
+      const int at_once = plan.both_directions ? 2 : 1;
+      const int teams = d.sms / (ctas * at_once);
+      if (teams == 0) break;
+      plan.groups = std::min(teams, ceil_div(column_tiles, tiles));
+      if (constraints.groups) plan.groups = std::min(plan.groups, *constraints.groups);
+      plan.ctas = at_once * plan.groups * ctas;
+      plan.waves = ceil_div(column_tiles, plan.groups * tiles);
+      const double step =
+          team_step_cycles(pass.m_tiles(variant.octets), plan.team, blocks_of_k, factors.parts) / (d.gigahertz * 1e3);
+      plan.microseconds = plan.waves * (directions / at_once) * (step + cost::kLaunch / static_cast<double>(p.T));
+      plans.push_back(plan);
+    }
+  }
+  return plans;
+}
+
+PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints& constraints, const Pass& pass) {
+  std::optional<PassPlan> best;
+  for (const PassPlan& plan : candidates(p, e, d, constraints, pass)) {
+    const auto fits = [](const auto& constraint, const auto& value) { return !constraint || *constraint == value; };
+    if (!fits(constraints.family, plan.family)) continue;
+    if (plan.family != Family::kStepwise &&
+        !(fits(constraints.octets, plan.team.octets) && fits(constraints.tiles, plan.team.tiles)))
+      continue;
+    if (!best || plan.microseconds < best->microseconds) best = plan;
+  }
+  if (best) return *best;
+  std::ostringstream message;
+  message << "the forced plan cannot run this problem: ";
+  if (constraints.family) message << "'" << family_name(*constraints.family) << "' ";
+  if (!has_mma(e)) {
+    message << "multiplies on tensor cores, which do not support float64";
+  } else if (p.P > 0) {
+    message << "does not support proj_size > 0";
+  } else if (constraints.octets || constraints.tiles) {
+    message << "has no shape with the forced";
+    if (constraints.octets) message << " octets = " << *constraints.octets;
+    if (constraints.tiles) message << " tiles = " << *constraints.tiles;
+    message << " for hidden_size " << p.H;
+  } else {
+    message << "cannot hold weights of hidden_size " << p.H << " in the registers of ";
+    if (constraints.family == Family::kResident)
+      message << "one SM";
+    else
+      message << d.sms << " SMs";
+  }
+  throw std::invalid_argument(message.str());
+}
+
+}  // namespace
+
+const char* element_name(Element e) {
+  switch (e) {
+    case Element::kBf16: return "bfloat16";
+    case Element::kFp16: return "float16";
+    case Element::kTf32: return "tf32";
+    case Element::kFp32: return "float32";
+    default: return "float64";
+  }
+}
+
+std::vector<Element> elements() {
+  return {Element::kBf16, Element::kFp16, Element::kTf32, Element::kFp32, Element::kFp64};
+}
+
+const char* family_name(Family family) {
+  switch (family) {
+    case Family::kStepwise: return "stepwise";
+    case Family::kResident: return "resident";
+    default: return "persistent";
+  }
+}
+
+std::vector<Family> families() { return {Family::kStepwise, Family::kResident, Family::kPersistent}; }
+
+PassPlan plan_forward(const Problem& problem, Element element, const Device& device, const Constraints& constraints) {
+  return choose(problem, element, device, constraints, pass_of(element, false));
+}
+
+PassPlan plan_backward(const Problem& problem, Element element, const Device& device, const Constraints& constraints) {
+  return choose(problem, element, device, constraints, pass_of(element, true));
+}
+
+namespace {
+
+std::mutex forced_mutex;
+Constraints forced_constraints;
+
+}  // namespace
+
+Constraints forced() {
+  const std::lock_guard lock(forced_mutex);
+  return forced_constraints;
+}
+
+void set_forced(const Constraints& constraints) {
+  const std::lock_guard lock(forced_mutex);
+  forced_constraints = constraints;
+}
+
+std::string describe(const PassPlan& plan, const Problem& problem) {
+  std::ostringstream text;
+  text << family_name(plan.family);
+  if (plan.family == Family::kStepwise) return text.str();
+  const int teams = plan.groups * (plan.both_directions ? 2 : 1);
+  text << " (" << teams;
+  if (plan.family == Family::kResident)
+    text << (teams == 1 ? " CTA" : " CTAs");
+  else
+    text << (teams == 1 ? " team of " : " teams of ") << team_ctas(static_cast<int>(problem.H), plan.team.octets)
+         << " CTAs";
+  text << ", " << plan.team.tiles * kColumns << " rows each";
+  if (plan.waves > 1) text << ", " << plan.waves << " times";
+  text << ")";
+  return text.str();
+}
+
+}  // namespace fastlstm::cuda

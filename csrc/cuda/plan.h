@@ -1,0 +1,67 @@
+// How a problem is computed on a GPU, as data: the counterpart of ../plan.h. Pure functions of (problem, element,
+// device, constraints), compiled on every machine, so that the plans for any GPU can be asked for and tested without
+// it.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+#include "layout.h"
+
+namespace fastlstm::cuda {
+
+const char* element_name(Element e);  // that of a dtype, or "tf32"
+std::vector<Element> elements();
+
+enum class Family {
+  kStepwise,    // a library's products and an elementwise kernel per time step; accepts every legal problem
+  kResident,    // a CTA keeps all recurrent weights of a direction and runs 8 rows of the batch
+  kPersistent,  // teams of CTAs keep the recurrent weights and exchange states through L2
+};
+
+// What a kernel can count on. Of the device that runs, or of any other for which a plan is asked.
+struct Device {
+  int sms;
+  int shared_bytes;  // of one block at most
+  double gigahertz;  // clock of the SMs
+
+  bool operator==(const Device&) const = default;
+};
+
+// What the user has forced (`fastlstm.force`); the planner chooses the rest.
+struct Constraints {
+  std::optional<Family> family;
+  std::optional<int> octets, tiles, groups;  // of the families that keep weights in CTAs
+
+  bool operator==(const Constraints&) const = default;
+};
+
+struct PassPlan {
+  Family family = Family::kStepwise;
+  // Of the families that keep weights in CTAs:
+  TeamShape team = {};
+  int groups = 0;                // teams of a direction, which split the batch
+  bool both_directions = false;  // at the same time
+  int ctas = 0;                  // of a launch
+  size_t shared_bytes = 0;       // of each
+  int waves = 0;                 // launches, one after the other, that it takes to get through the batch
+  double microseconds = 0;       // estimated, per time step of one layer (both directions)
+};
+
+const char* family_name(Family family);
+std::vector<Family> families();
+
+// Each throws std::invalid_argument when nothing within the constraints can run the problem.
+PassPlan plan_forward(const Problem& problem, Element element, const Device& device, const Constraints& constraints);
+PassPlan plan_backward(const Problem& problem, Element element, const Device& device, const Constraints& constraints);
+
+// What is forced, for the whole process.
+Constraints forced();
+void set_forced(const Constraints& constraints);
+
+// In one line, for people.
+std::string describe(const PassPlan& plan, const Problem& problem);
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,208 @@
+// The resident family: one CTA keeps all recurrent weights of a layer in its registers and runs one column tile of the
+// batch through the whole sequence. Nothing leaves the CTA: the state goes from warp to warp through shared memory, and
+// they meet once per step. Called by the driver for one layer.
+//
+// A warp owns `octets` * 8 hidden units with all of K, so its sums are whole and stay where the cells need them.
+#include "backward_tile.cuh"
+#include "dispatch.cuh"
+#include "exchange.cuh"
+#include "forward_tile.cuh"
+#include "launchers.h"
+#include "product.cuh"
+
+namespace fastlstm::cuda {
+
+namespace {
+
+// The state of a step in shared memory, [2][block][lane], alternating by step: one barrier per step is enough.
+class SharedStates {
+ public:
+  static constexpr bool kPolls = false;
+
+  __device__ __forceinline__ SharedStates(unsigned char* shared, int blocks, int lane)
+      : buffers_(reinterpret_cast<uint4*>(shared)), blocks_(blocks), lane_(lane) {}
+
+  __device__ __forceinline__ int bytes() const { return 2 * blocks_ * kWarpThreads * static_cast<int>(sizeof(uint4)); }
+  // What no unit fills is multiplied by zero weights, so it must not be NaN.
+  __device__ __forceinline__ void clear() const {
+    for (int i = thread_index(); i < 2 * blocks_ * kWarpThreads; i += block_threads()) buffers_[i] = uint4{};
+  }
+
+  __device__ __forceinline__ uint4* buffer(int n) const { return buffers_ + (n & 1) * blocks_ * kWarpThreads; }
+  __device__ __forceinline__ uint32_t* words(int n) const { return reinterpret_cast<uint32_t*>(buffer(n)); }
+  __device__ __forceinline__ void set_step(int n) { from_ = buffer(n) + lane_; }
+
+  __device__ __forceinline__ void issue(uint4& state, int, int block) const {
+    state = block < blocks_ ? from_[block * kWarpThreads] : uint4{};
+  }
+  __device__ __forceinline__ void accept(const uint4&, int, int) const {}
+  template <int MTiles>
+  __device__ __forceinline__ void poison(float (&)[MTiles][4]) const {}
+
+ private:
+  uint4* const buffers_;
+  const int blocks_, lane_;
+  const uint4* from_ = nullptr;
+};
+
+// What both kernels derive from their place in the grid.
+template <class Params>
+struct Place {
+  __device__ __forceinline__ explicit Place(const Params& p)
+      : lane(thread_index() % kWarpThreads),
+        warp(thread_index() / kWarpThreads),
+        second(block_index() >= p.groups),
+        first_column(p.first_column + (block_index() - second * p.groups) * kColumns),
+        order{second || p.reverse} {}
+  const int lane, warp;
+  const bool second;  // of two directions
+  const int first_column;
+  const Order order;
+};
+
+// Shared memory holds the states [2][block][lane], then what the tiles of the warps need.
+template <class E, int Octets, int Blocks>
+__global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(const ForwardParams p) {
+  using Tile = ForwardTile<E, Octets>;
+  constexpr int kMTiles = forward_m_tiles(Octets);
+  const Place<ForwardParams> at(p);
+  const ForwardDirection& d = p.direction[at.second];
+  unsigned char* const shared = shared_memory();
+  SharedStates states(shared, forward_blocks(p.hidden, Words<E>::kBytes), at.lane);
+  states.clear();
+
+  const ResidentWeights<E, kMTiles, Blocks, kMTiles * Blocks> weights(
+      nullptr, at.lane, [&](int m, int half, int block) {
+        return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.warp * Octets + m / 2) * kOctet,
+                                  block, at.lane);
+      });
+  Tile cells(p, d, at.order, at.warp * Octets * kOctet, at.first_column, at.lane,
+             shared + states.bytes() + at.warp * Octets * forward_tile_bytes(Words<E>::kBytes));
+  block_barrier();  // states are clear
+
+  const auto put_outputs = [&](int n) {
+    typename Tile::Outputs h;
+    cells.outputs(h);
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+      if ((at.warp * Octets + o) * kOctet < p.hidden)
+        put_h<E>(at.warp * Octets + o, at.lane, h[o], [&](int word, uint32_t value) { states.words(n)[word] = value; });
+  };
+  put_outputs(-1);
+  for (int n = 0; n < p.sequences.steps; ++n) {
+    block_barrier();
+    typename Tile::Gates a;
+    states.set_step(n - 1);
+    multiply_tiles(
+        weights, 1, states, [&] { cells.begin(n, a); },
+        [&](int, const float (&sums)[kMTiles][4]) {
+#pragma unroll
+          for (int o = 0; o < Octets; ++o)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+#pragma unroll
+              for (int gate = 0; gate < kGates; ++gate) a[o][e][gate] += sums[2 * o + gate / 2][gate % 2 * 2 + e];
+        });
+    cells.compute(n, a);
+    put_outputs(n);
+    cells.end(n, a);
+  }
+  cells.finish();
+}
+
+template <class E, int Octets, int Blocks>
+__global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward(const BackwardParams p) {
+  using Tile = BackwardTile<E, Octets>;
+  constexpr int kMTiles = backward_m_tiles(Octets);
+  const Place<BackwardParams> at(p);
+  const BackwardDirection& d = p.direction[at.second];
+  unsigned char* const shared = shared_memory();
+  SharedStates states(shared, backward_blocks(p.hidden, Words<E>::kBytes), at.lane);
+
+  const ResidentWeights<E, kMTiles, Blocks, kMTiles * Blocks> weights(
+      nullptr, at.lane, [&](int m, int half, int block) {
+        const int octet = 2 * m + half;
+        const int first = octet < Octets ? (at.warp * Octets + octet) * kOctet : p.row_stride;
+        return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block, at.lane);
+      });
+  Tile cells(p, d, at.order, at.warp * Octets * kOctet, at.first_column, at.lane,
+             shared + states.bytes() + at.warp * Octets * backward_tile_bytes(Words<E>::kBytes));
+
+  // The product of the last step gives d_h_0.
+  const int products = d.d_h_0 == nullptr ? p.sequences.steps - 1 : p.sequences.steps;
+  for (int n = 0; n <= products; ++n) {
+    const bool has_step = n < p.sequences.steps;
+    if (n == 0) {
+      cells.begin(n);
+    } else {
+      block_barrier();
+      states.set_step(n - 1);
+      typename Tile::Products product;
+      multiply_tiles(
+          weights, 1, states,
+          [&] {
+            if (has_step) cells.begin(n);
+          },
+          [&](int, const float (&sums)[kMTiles][4]) {
+#pragma unroll
+            for (int o = 0; o < Octets; ++o)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) product[o][e] = sums[o / 2][o % 2 * 2 + e];
+          });
+      cells.carry(product);
+    }
+    if (!has_step) break;
+    typename Tile::Gates d_gates;
+    cells.compute(n, d_gates);
+#pragma unroll
+    for (int o = 0; o < Octets; ++o)
+      if ((at.warp * Octets + o) * kOctet < p.hidden)
+        put_gradients<E>(at.warp * Octets + o, at.lane, d_gates[o],
+                         [&](int vector, const uint4& packet) { states.buffer(n)[vector] = packet; });
+    cells.end(n, d_gates);
+  }
+  cells.finish();
+}
+
+template <class E>
+struct ForwardKernels {
+  template <int Octets, int Blocks>
+  static auto kernel() {
+    return &resident_forward<E, Octets, Blocks>;
+  }
+};
+template <class E>
+struct BackwardKernels {
+  template <int Octets, int Blocks>
+  static auto kernel() {
+    return &resident_backward<E, Octets, Blocks>;
+  }
+};
+
+template <class Params>
+cudaError_t launch_resident(void (*kernel)(Params), const Params& p, int blocks_of_k, size_t tile_bytes,
+                            cudaStream_t stream) {
+  const LaunchShape shape = {p.directions * p.groups, resident_warps(p.hidden, p.team.octets) * kWarpThreads,
+                             resident_shared_bytes(p.hidden, p.team.octets, blocks_of_k, tile_bytes), false};
+  return launch(kernel, shape, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_resident_forward(Element element, const ForwardParams& params, cudaStream_t stream) {
+  return with_mma_element(element, [&]<class E>(E) {
+    return launch_resident(find_variant<kResidentForwardVariants<E::kParts>, ForwardKernels<E>>(params.team), params,
+                           forward_blocks(params.hidden, Words<E>::kBytes), forward_tile_bytes(Words<E>::kBytes),
+                           stream);
+  });
+}
+
+cudaError_t launch_resident_backward(Element element, const BackwardParams& params, cudaStream_t stream) {
+  return with_mma_element(element, [&]<class E>(E) {
+    return launch_resident(find_variant<kResidentBackwardVariants<E::kParts>, BackwardKernels<E>>(params.team), params,
+                           backward_blocks(params.hidden, Words<E>::kBytes), backward_tile_bytes(Words<E>::kBytes),
+                           stream);
+  });
+}
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,133 @@
+"""The planner of the CUDA kernels: pure host code, so plans for any GPU are tested on any machine."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm import _C
+from fastlstm.planning import GPUS, CudaPlan
+
+ELEMENTS = ["bfloat16", "float16", "tf32", "float32", "float64"]
+
+
+def passes(gpu: str, element: str, training: bool = True, **sizes: int) -> dict:
+    sizes = {"T": 100, "B": 16, "I": sizes["H"], "P": 0, "layers": 1, "directions": 1} | sizes
+    limits = GPUS[gpu]
+    return _C.cuda_plan_for(
+        **sizes,
+        element=element,
+        training=training,
+        sms=limits.sms,
+        shared_bytes=limits.shared_bytes,
+        gigahertz=limits.gigahertz,
+    )
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_every_plan_fits_the_gpu_and_covers_the_batch(gpu, element):
+    for hidden, batch, directions in product((1, 8, 33, 64, 128, 200, 512, 1000, 1024, 2048), (1, 9, 64, 300), (1, 2)):
+        found = passes(gpu, element, H=hidden, B=batch, directions=directions)
+        for pass_ in (found["forward"], found["backward"]):
+            assert pass_["microseconds"] > 0
+            if pass_["family"] == "stepwise":
+                continue
+            assert pass_["shared_bytes"] <= GPUS[gpu].shared_bytes
+            rows = 8 * pass_["tiles"] * pass_["groups"]
+            assert rows * pass_["waves"] >= batch > rows * (pass_["waves"] - 1)
+            if pass_["family"] == "persistent":  # its CTAs wait for each other
+                assert pass_["ctas"] <= GPUS[gpu].sms
+
+
+@pytest.mark.parametrize(
+    ("sizes", "element", "forward"),
+    [
+        ({"H": 64, "B": 8}, "bfloat16", "resident"),
+        ({"H": 128, "B": 1}, "float16", "resident"),
+        ({"H": 64, "B": 8}, "tf32", "resident"),
+        ({"H": 512, "B": 16}, "bfloat16", "persistent"),
+        ({"H": 512, "B": 16}, "float32", "persistent"),
+        ({"H": 1024, "B": 16}, "tf32", "persistent"),
+        ({"H": 2048, "B": 1}, "bfloat16", "persistent"),
+        ({"H": 512, "B": 16, "P": 64}, "bfloat16", "stepwise"),
+        ({"H": 512, "B": 16}, "float64", "stepwise"),
+        ({"H": 2048, "B": 16}, "float32", "stepwise"),
+    ],
+)
+def test_families_on_an_h200(sizes, element, forward):
+    assert passes("H200", element, **sizes)["forward"]["family"] == forward
+
+
+def test_weights_that_no_l4_can_hold_are_read_step_by_step():
+    assert passes("L4", "bfloat16", H=1024)["forward"]["family"] == "stepwise"
+    assert passes("L4", "bfloat16", H=256)["forward"]["family"] == "persistent"
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "tf32"])
+def test_a_larger_problem_is_not_predicted_to_be_quicker(element):
+    for sizes in ([{"H": h} for h in (256, 512, 1024)], [{"H": 512, "B": b} for b in (8, 64, 256, 1024)]):
+        times = [passes("H200", element, **s)["forward"]["microseconds"] for s in sizes]
+        assert all(a <= b for a, b in pairwise(times)), times
+
+
+def test_plan_of_a_gpu_in_words():
+    plan = fastlstm.plan(T=512, B=16, I=1024, H=1024, dtype=torch.bfloat16, training=True, device="H200")
+    assert isinstance(plan, CudaPlan)
+    assert (plan.forward, plan.backward, plan.device) == ("persistent", "persistent", "H200")
+    assert "CTAs" in str(plan) and "predicted" in str(plan)
+    assert plan.to_dict()["forward_microseconds"] == plan.forward_microseconds
+    assert fastlstm.plan(T=512, B=16, I=1024, H=1024, device="H200").backward is None
+
+
+def test_float32_follows_torchs_switch_for_rnns():
+    def layout() -> str:
+        return fastlstm.plan(T=9, B=8, I=1024, H=1024, device="H200").forward
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert layout() == "persistent"
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert layout() == "stepwise"  # full float32 needs twice the room
+
+
+def test_forced_families_and_shapes():
+    def plan(**sizes: int) -> CudaPlan:
+        return fastlstm.plan(T=9, I=8, dtype=torch.bfloat16, device="H100", **({"B": 40, "H": 64} | sizes))
+
+    for family in fastlstm.plans("cuda"):
+        with fastlstm.force(plan=family):
+            assert plan().forward == family
+            assert family in plan().forward_layout
+    with fastlstm.force(plan="persistent", octets=2, tiles=4):
+        assert plan().forward_layout == "persistent (2 teams of 4 CTAs, 32 rows each)"
+    with fastlstm.force(plan="persistent", octets=2, tiles=4, groups=1):
+        assert plan().forward_layout == "persistent (1 team of 4 CTAs, 32 rows each, 2 times)"
+    with fastlstm.force(plan="packed"):  # a family of the CPU
+        assert plan().forward == "resident"
+    with fastlstm.force(plan="persistent"):
+        assert fastlstm.plan(T=9, B=4, I=8, H=8).forward in fastlstm.plans("cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "dtype", "message"),
+    [
+        ("persistent", {"H": 5000}, torch.bfloat16, "'persistent' cannot hold weights of hidden_size 5000"),
+        ("resident", {"H": 256}, torch.bfloat16, "'resident' cannot hold weights of hidden_size 256"),
+        ("persistent", {"H": 64, "P": 8}, torch.bfloat16, "'persistent' does not support proj_size > 0"),
+        ("persistent", {"H": 64}, torch.float64, "'persistent' multiplies on tensor cores.* float64"),
+    ],
+)
+def test_a_forced_family_that_cannot_run_says_why(family, sizes, dtype, message):
+    with (
+        fastlstm.force(plan=family),
+        pytest.raises(ValueError, match=f"the forced plan cannot run this problem: {message}"),
+    ):
+        fastlstm.plan(T=9, B=4, I=8, dtype=dtype, device="H200", **sizes)
+
+
+def test_devices_that_are_refused():
+    with pytest.raises(
+        ValueError, match="device must be a CPU, a CUDA device or one of A100, L4, H100, H200, B200, got mps"
+    ):
+        fastlstm.plan(T=9, B=4, I=8, H=8, device="mps")
