@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH_STAMP := $(VENV)/$(subst =,_,$(TORCH)).installed
+CPP := $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.inl')
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: demo test sanitize lint format bench gpu clean
@@ -24,7 +25,7 @@ test: $(VENV)/installed
 # runtime library has to come before all others; Python itself is not free of leaks.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/installed
-	FASTLSTM_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	FASTLSTM_SANITIZE=1 FASTLSTM_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	$(BIN)/pytest -q tests/test_ops.py tests/test_lengths_and_resets.py tests/test_functions.py -k "not opcheck"
@@ -33,13 +34,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png --check
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $(CPP)
 
 # Name the file after your machine: make bench RESULTS=benchmarks/results/NAME
 bench: $(VENV)/installed

@@ -24,7 +24,8 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 OLDEST_TORCH = (2, 11)
-# Newer GPUs run the PTX of 8.0, which all kernels have. That of 9.0a or 10.0a would be for the very same GPU.
+# Newer GPUs run the PTX of 8.0. No kernel has instructions of a newer GPU, so that PTX serves all targets: making it
+# takes the compiler as long as making two targets of it.
 CUDA_TARGETS = "8.0+PTX;8.9;9.0a;10.0a"
 
 
@@ -52,19 +53,20 @@ def answer(*command: str) -> str:
 
 
 def cuda_targets(nvcc: str) -> dict[str, str]:
-    """What kernels are compiled for and from: {"sm_90a": "compute_90a"}."""
+    """What kernels are compiled for and from: {"sm_90a": "compute_80"}."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    known = answer(nvcc, "--list-gpu-arch").split()
+    known = answer(nvcc, "--list-gpu-code").split()
     targets = {}
     for version in (listed or CUDA_TARGETS).replace(";", " ").split():
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", version)
         if parts is None:
             sys.exit(f"TORCH_CUDA_ARCH_LIST must list versions such as 9.0a and 8.0+PTX, got {version!r}")
         major, minor, variant, ptx = parts.groups()
-        if int(major) < 8 or (not listed and f"compute_{major}{minor}" not in known):
+        if int(major) < 8 or (not listed and f"sm_{major}{minor}" not in known):
             continue  # lists of all GPUs begin with ones too old for the kernels; an old nvcc lacks the newest defaults
-        virtual = f"compute_{major}{minor}{variant}"
-        targets |= {virtual.replace("compute", "sm"): virtual} | ({virtual: virtual} if ptx else {})
+        targets[f"sm_{major}{minor}{variant}"] = "compute_80"
+        if ptx:
+            targets["compute_80"] = "compute_80"
     return targets or sys.exit(f"TORCH_CUDA_ARCH_LIST must list a version from 8.0 on, got {listed!r}")
 
 

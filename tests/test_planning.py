@@ -135,7 +135,7 @@ def test_unknown_names() -> None:
         fastlstm.force(products="int8").__enter__()
     with pytest.raises(ValueError, match="split must be one of 'rows', 'units', got 'time'"):
         fastlstm.force(split="time").__enter__()
-    with pytest.raises(ValueError, match="plan must be one of 'stepwise', 'packed', 'unpacked' .CPU., 'resident', 'persistent' .CUDA., got 'fast'"):
+    with pytest.raises(ValueError, match=r"plan must be one of 'stepwise', .*'unpacked' \(CPU\), .* got 'fast'"):
         fastlstm.force("fast").__enter__()
     with pytest.raises(ValueError, match=r"isa must be one of 'scalar'.*, got 'sse9'"):
         fastlstm.force(isa="sse9").__enter__()

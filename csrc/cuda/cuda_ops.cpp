@@ -5,7 +5,7 @@
 // recurrence is ours. Everything happens on the current stream of x's device, nothing waits for it, and all memory is
 // torch's: a call can be captured in a CUDA graph, unless it has batch_sizes or lengths on the CPU, which are copied.
 //
-// All of one dtype: gates_x, activations and their gradients are saved and exchanged in the dtype of x; sums and cell
+// gates_x, activations and their gradients are saved and exchanged in the dtype of x; sums and cell
 // states are float32 (float64 for float64).
 #include "cuda_ops.h"
 
@@ -38,7 +38,7 @@ Element element_of(ScalarType type, bool reduced_products) {
   }
 }
 
-// Pointers to the parameters of one direction of one layer; an absent one is an undefined tensor.
+// The parameters of one direction of one layer; an absent one is an undefined tensor.
 struct Weights {
   Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
 };
@@ -98,7 +98,7 @@ class Stack {
   int64_t width() const { return p.directions * p.output_size(); }
   // Rows of x, y and what is saved that belong to no step: columns are of different lengths and nothing is packed.
   bool padded() const { return sequences.lengths != nullptr && sequences.offsets == nullptr; }
-  // Rows [first, first + count) of the n-th step of a direction, for products over one step.
+  // The first row of step t and how many it has, for products of one step.
   std::pair<int64_t, int64_t> rows_of_step(int64_t t) const {
     if (a.offsets.empty()) return {t * p.B, p.B};
     return {a.offsets[t], a.offsets[t + 1] - a.offsets[t]};
@@ -127,9 +127,9 @@ class Stack {
   }
   int row_stride() const { return ceil_div(static_cast<int>(p.H), kOctet) * kOctet; }
   // [*x.shape[:-1], features] as [N, features], contiguous.
-  Tensor rows(const Tensor& t) const { return t.reshape({p.N, t.size(-1)}).contiguous(); }
+  Tensor rows(const Tensor& t) const { return as(t, a.type).reshape({p.N, t.size(-1)}); }
   // [L*D, B, features], or of a single step [B, features], as [L*D, B, features].
-  Tensor states(const Tensor& t) const { return t.reshape({p.layers * p.directions, p.B, t.size(-1)}).contiguous(); }
+  Tensor states(const Tensor& t) const { return as(t, a.type).reshape({p.layers * p.directions, p.B, t.size(-1)}); }
 
   const Arguments& a;
   const Problem& p;

@@ -3,6 +3,8 @@
 //
 // A thread has one element of a [B, H] or [B, P] state. States that are carried from step to step are in the compute
 // type, factors of products in the storage type. Elementwise kernels have no order to keep but that of the stream.
+#include <algorithm>
+
 #include "../cell.h"
 #include "dispatch.cuh"
 #include "elements.cuh"
@@ -13,18 +15,32 @@ namespace fastlstm::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of a block at most
 
-// The element of a [B, width] state that this thread has; `exists` is false behind the last.
+// A block has a part of one row, so that nobody divides 64-bit numbers.
+int threads_for(int width) { return std::min(kThreads, ceil_div(width, kWarpThreads) * kWarpThreads); }
+LaunchShape shape_for(int64_t rows, int width) {
+  return {static_cast<int>(rows * ceil_div(width, threads_for(width))), threads_for(width), 0, false};
+}
+// What this thread has of rows of `width` elements.
+struct Place {
+  int row, i;
+};
+__device__ __forceinline__ Place own_place(int width) {
+  const int blocks_of_row = ceil_div(width, block_threads()), row = block_index() / blocks_of_row;
+  return {row, (block_index() - row * blocks_of_row) * block_threads() + thread_index()};
+}
+
+// The element of a [B, width] state that this thread has; `exists` is false behind the row's end.
 struct Element2d {
   int64_t at;
   int b, i;
   bool exists;
 };
-__device__ __forceinline__ Element2d own_element(const Sequences& s, int width) {
-  const int64_t at = static_cast<int64_t>(block_index()) * kThreads + thread_index();
-  const int b = static_cast<int>(at / width);
-  return {at, b, static_cast<int>(at - static_cast<int64_t>(b) * width), b < s.batch};
+// `width` may be less than that of the rows by which the kernel was launched.
+__device__ __forceinline__ Element2d own_element(int launched_width, int width) {
+  const Place place = own_place(launched_width);
+  return {static_cast<int64_t>(place.row) * width + place.i, place.row, place.i, place.i < width};
 }
 
 template <class E>
@@ -60,12 +76,12 @@ __device__ __forceinline__ void put_out(const StepForwardParams& p, const Elemen
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) states_forward(const StepForwardParams p) {
-  const Element2d c = own_element(p.sequences, p.hidden);
+  const Element2d c = own_element(p.hidden, p.hidden);
   if (c.exists) {
     state<E>(p.c, c.at) = load<E>(p.direction.c_0, c.at);
     store<E>(p.direction.c_n, c.at, load<E>(p.direction.c_0, c.at));
   }
-  const Element2d h = own_element(p.sequences, p.outputs);
+  const Element2d h = own_element(p.hidden, p.outputs);
   if (!h.exists) return;
   const int length = length_of(p.sequences, h.b), t = time_of(p, 0);
   const bool restarts = t < length && Order{p.reverse}.restarts(p.sequences, t, h.b, length);
@@ -77,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) states_forward(const StepForwardPara
 template <class E>
 __global__ void __launch_bounds__(kThreads) cells_forward(const StepForwardParams p) {
   using Compute = typename E::Compute;
-  const Element2d x = own_element(p.sequences, p.hidden);
+  const Element2d x = own_element(p.hidden, p.hidden);
   if (!x.exists) return;
   const Order order = {p.reverse};
   const int t = time_of(p, p.n), length = length_of(p.sequences, x.b);
@@ -111,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) cells_forward(const StepForwardParam
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) outputs_forward(const StepForwardParams p) {
-  const Element2d x = own_element(p.sequences, p.outputs);
+  const Element2d x = own_element(p.outputs, p.outputs);
   if (x.exists && time_of(p, p.n) < length_of(p.sequences, x.b)) put_out<E>(p, x, load<E>(p.projected, x.at));
 }
 
@@ -146,14 +162,14 @@ __device__ __forceinline__ typename E::Compute d_output(const StepBackwardParams
 template <class E>
 __global__ void __launch_bounds__(kThreads) states_backward(const StepBackwardParams p) {
   using Compute = typename E::Compute;
-  const Element2d c = own_element(p.sequences, p.hidden), h = own_element(p.sequences, p.outputs);
+  const Element2d c = own_element(p.hidden, p.hidden), h = own_element(p.hidden, p.outputs);
   if (c.exists) state<E>(p.d_c, c.at) = p.direction.d_c_n == nullptr ? Compute(0) : load<E>(p.direction.d_c_n, c.at);
   if (h.exists) state<E>(p.d_h, h.at) = p.direction.d_h_n == nullptr ? Compute(0) : load<E>(p.direction.d_h_n, h.at);
 }
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) outputs_backward(const StepBackwardParams p) {
-  const Element2d x = own_element(p.sequences, p.outputs);
+  const Element2d x = own_element(p.outputs, p.outputs);
   if (!x.exists) return;
   const typename E::Compute d_h = carried<E>(p, x);
   const int t = time_of(p, p.n);
@@ -164,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) outputs_backward(const StepBackwardP
 template <class E>
 __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardParams p) {
   using Compute = typename E::Compute;
-  const Element2d x = own_element(p.sequences, p.hidden);
+  const Element2d x = own_element(p.hidden, p.hidden);
   if (!x.exists) return;
   const bool projects = p.d_hidden != nullptr;
   const Compute d_h_after = projects ? Compute(0) : carried<E>(p, x);
@@ -196,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardPar
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) finish_backward(const StepBackwardParams p) {
-  const Element2d h = own_element(p.sequences, p.outputs), c = own_element(p.sequences, p.hidden);
+  const Element2d h = own_element(p.hidden, p.outputs), c = own_element(p.hidden, p.hidden);
   if (h.exists) store<E>(p.direction.d_h_0, h.at, carried<E>(p, h));
   if (c.exists) store<E>(p.direction.d_c_0, c.at, state<E>(p.d_c, c.at));
 }
@@ -204,12 +220,9 @@ __global__ void __launch_bounds__(kThreads) finish_backward(const StepBackwardPa
 template <class E>
 __global__ void __launch_bounds__(kThreads) previous_outputs(const PreviousOutputsParams p) {
   const Sequences& s = p.sequences;
-  // One thread for each element of [T, B, P].
-  const int64_t at = static_cast<int64_t>(block_index()) * kThreads + thread_index();
-  const int64_t step_row = at / p.outputs;
-  const int i = static_cast<int>(at - step_row * p.outputs), t = static_cast<int>(step_row / s.batch),
-            b = static_cast<int>(step_row - static_cast<int64_t>(t) * s.batch);
-  if (t >= s.steps) return;
+  const Place place = own_place(p.outputs);  // of rows [T, B]
+  const int i = place.i, t = place.row / s.batch, b = place.row - t * s.batch;
+  if (i >= p.outputs) return;
   const int length = length_of(s, b);
   const bool has_step = t < length;
   if (!has_step && s.offsets != nullptr) return;  // there is no such row
@@ -221,13 +234,10 @@ __global__ void __launch_bounds__(kThreads) previous_outputs(const PreviousOutpu
   store<E>(p.previous, row_of(s, t, b) * p.outputs + i, h);
 }
 
-int blocks_for(int64_t elements) { return static_cast<int>((elements + kThreads - 1) / kThreads); }
-
 // One thread for each element of [B, width].
 template <class Params>
 cudaError_t launch_elements(void (*kernel)(Params), const Params& params, int width, cudaStream_t stream) {
-  const LaunchShape shape = {blocks_for(static_cast<int64_t>(params.sequences.batch) * width), kThreads, 0, false};
-  return launch(kernel, shape, stream, params);
+  return launch(kernel, shape_for(params.sequences.batch, width), stream, params);
 }
 
 }  // namespace
@@ -264,8 +274,7 @@ cudaError_t launch_finish_backward(Element element, const StepBackwardParams& pa
 cudaError_t launch_previous_outputs(Element element, const PreviousOutputsParams& params, cudaStream_t stream) {
   return with_element(element, [&]<class E>(E) {
     const int64_t rows = static_cast<int64_t>(params.sequences.steps) * params.sequences.batch;
-    return launch(&previous_outputs<E>, LaunchShape{blocks_for(rows * params.outputs), kThreads, 0, false}, stream,
-                  params);
+    return launch(&previous_outputs<E>, shape_for(rows, params.outputs), stream, params);
   });
 }
 

@@ -34,6 +34,7 @@ class ResidentWeights {
             else
               reinterpret_cast<uint32_t*>(shared_ + shared_vector(i, part, j / 4))[j % 4] = word;
           }
+        warp_barrier();  // loads that ran further ahead would take registers that there are not
       }
   }
 

@@ -1,0 +1,1096 @@
+"""Mistakes that the tests of the emulated CUDA operators have to notice.
+
+A mutation is a place in a file of csrc and the text that stands there instead. All of them are planted into one copy of
+the sources, each behind a switch, so that one build serves for all; test_cuda_mutations.py turns on one at a time.
+
+Not in the list: what no emulation of this kind can show. That is the order of memory accesses that the hardware does
+not promise, a tag that stays in the last bit of a gradient (less than its rounding), and checks that only spare work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from host_cuda import emulated
+from host_cuda.cases import DEVICES, Case, check
+
+TREE = emulated.ROOT / "build" / "host_cuda_mutations"
+ROUNDS = 12  # seeds of each case before a mutation counts as unnoticed
+SECONDS = 120  # until a process is ended that neither finishes nor fails
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``at`` is text that occurs once in the file, with the part in « » to be replaced by ``new``.
+
+    That part is either whole statements, without declarations that others use, or an expression.
+    """
+
+    name: str
+    file: str  # below csrc
+    at: str
+    new: str
+    why: str  # it cannot go unnoticed
+    cases: tuple[Case, ...]
+
+    @property
+    def old(self) -> str:
+        return self.at[self.at.index("«") + 1 : self.at.index("»")]
+
+    def span(self, text: str) -> tuple[int, int]:
+        """Where the text to be replaced is."""
+        plain = self.at.replace("«", "").replace("»", "")
+        count = text.count(plain)
+        if count != 1:
+            raise LookupError(f"mutation '{self.name}': its text occurs {count} times in {self.file}:\n{plain}")
+        first = text.index(plain) + self.at.index("«")
+        return first, first + len(self.old)
+
+
+# ---------------------------------------------------------------------------------------------------- cases
+
+# Sizes: tails in units and columns, several CTAs, more than one column tile; two directions; h_0 beyond 1.
+PERSISTENT = Case("persistent", "bf16", T=6, B=11, I=2, H=43, D=2, h_0_scale=5)
+RESIDENT = Case("resident", "bf16", T=6, B=11, I=2, H=75, D=2, h_0_scale=5)
+STEPWISE = Case("stepwise", "fp32", T=6, B=11, I=2, H=13, D=2)
+
+
+def ragged(case: Case) -> Case:
+    """With lengths, of which some lie outside of what there is."""
+    return replace(case, lengths=(6, 0, 3, 5, 9, 1, 2, -1, 6, 4, 3))
+
+
+def packed(case: Case) -> Case:
+    return replace(case, batch_sizes=(11, 9, 8, 8, 3, 1))
+
+
+def cut(case: Case) -> Case:
+    return replace(case, resets=0.3)
+
+
+def element(case: Case, name: str) -> Case:
+    return replace(case, element=name, H=min(case.H, 30 if case.family == "resident" else 43))
+
+
+def stale(case: Case) -> Case:
+    """On memory that still holds the states of other launches."""
+    return replace(case, poison=False)
+
+
+# Two CTAs: that a wait never ends is certain after so many polls of every warp.
+SMALL = replace(PERSISTENT, B=3, H=20, D=1, forward_shape=(2, 1, 1), backward_shape=(2, 1, 1))
+# Teams of several column tiles.
+TILES = replace(PERSISTENT, forward_shape=(1, 2, 1), backward_shape=(2, 2, 1))
+WAVES = replace(PERSISTENT, B=27, D=1, forward_shape=(4, 1, 2), backward_shape=(4, 1, 2))
+# Directions one after the other.
+SMALL_DEVICE = replace(PERSISTENT, device=(4, DEVICES[0][1]), forward_shape=(2, 0, 0), backward_shape=(2, 0, 0))
+DEEP = replace(STEPWISE, L=2, dropout=True)
+PROJECTED = replace(STEPWISE, P=5)
+
+_FUSED = (PERSISTENT, RESIDENT)
+_ALL = (PERSISTENT, RESIDENT, STEPWISE)
+
+
+def _each(change: Callable[[Case], Case], cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(change(case) for case in cases)
+
+
+# ---------------------------------------------------------------------------------------------------- the list
+
+MUTATIONS = [
+    # Barriers.
+    Mutation(
+        "persistent forward without its barrier",
+        "cuda/persistent_forward.cu",
+        "«block_barrier();»\n    if (!has_cells) continue;",
+        "",
+        "sums are added before all warps have put theirs",
+        (SMALL,),
+    ),
+    Mutation(
+        "persistent backward without its barrier",
+        "cuda/persistent_backward.cu",
+        "«block_barrier();»\n      if (has_cells) {",
+        "",
+        "sums are added before all warps have put theirs",
+        (SMALL,),
+    ),
+    Mutation(
+        "resident forward without the barrier of a step",
+        "cuda/resident.cu",
+        "«block_barrier();»\n    typename Tile::Gates a;",
+        "",
+        "a warp multiplies states that other warps have not made yet",
+        (RESIDENT,),
+    ),
+    Mutation(
+        "resident forward without the barrier after clearing",
+        "cuda/resident.cu",
+        "«block_barrier();»  // states are clear",
+        "",
+        "h_0 is cleared after a faster warp has put it there",
+        (RESIDENT,),
+    ),
+    Mutation(
+        "resident backward without its barrier",
+        "cuda/resident.cu",
+        "«block_barrier();»\n      states.set_step(n - 1);\n      typename Tile::Products product;",
+        "",
+        "a warp multiplies gradients that other warps have not made yet",
+        (RESIDENT,),
+    ),
+    Mutation(
+        "forward tile without its warp barrier",
+        "cuda/forward_tile.cuh",
+        "«warp_barrier();»",
+        "",
+        "lanes read inputs that other lanes have not finished to copy",
+        (replace(PERSISTENT, H=72), replace(RESIDENT, H=72), *_FUSED),
+    ),
+    Mutation(
+        "backward tile without its warp barrier",
+        "cuda/backward_tile.cuh",
+        "«warp_barrier();»",
+        "",
+        "lanes read inputs that other lanes have not finished to copy",
+        (replace(PERSISTENT, H=72), replace(RESIDENT, H=72), *_FUSED),
+    ),
+    # Asynchronous copies.
+    Mutation(
+        "forward tile does not wait for copies",
+        "cuda/forward_tile.cuh",
+        "«copy_async_wait<kForwardStages - 2>();»",
+        "",
+        "inputs are under way when they are read",
+        (replace(PERSISTENT, H=72), replace(RESIDENT, H=72)),
+    ),
+    Mutation(
+        "forward tile waits for one copy too few",
+        "cuda/forward_tile.cuh",
+        "«copy_async_wait<kForwardStages - 2>();»",
+        "copy_async_wait<kForwardStages - 1>();",
+        "inputs are under way when they are read",
+        (replace(PERSISTENT, H=72), replace(RESIDENT, H=72)),
+    ),
+    Mutation(
+        "backward tile does not wait for copies",
+        "cuda/backward_tile.cuh",
+        "«copy_async_wait<kBackwardStages - 3>();»",
+        "",
+        "inputs are under way when they are read",
+        (replace(PERSISTENT, H=72), replace(RESIDENT, H=72)),
+    ),
+    Mutation(
+        "backward tile waits for its own step's copies only",
+        "cuda/backward_tile.cuh",
+        "«copy_async_wait<kBackwardStages - 3>();»",
+        "copy_async_wait<kBackwardStages - 2>();",
+        "the cell state of the next step is under way when it is read",
+        (replace(PERSISTENT, H=72), replace(RESIDENT, H=72)),
+    ),
+    Mutation(
+        "forward inputs in one stage",
+        "cuda/forward_tile.cuh",
+        "«n % kForwardStages * kCellsOfTile * kGates»",
+        "0",
+        "a later step's inputs take the place of those that are read",
+        _FUSED,
+    ),
+    Mutation(
+        "backward inputs in one stage",
+        "cuda/backward_tile.cuh",
+        "«n % kBackwardStages * kStageElements»",
+        "0",
+        "a later step's inputs take the place of those that are read",
+        _FUSED,
+    ),
+    Mutation(
+        "cell states in too few stages",
+        "cuda/backward_tile.cuh",
+        "«n % kBackwardStages * kCellsOfTile»",
+        "n % 2 * kCellsOfTile",
+        "a later step's cell state takes the place of the one that is read",
+        _FUSED,
+    ),
+    Mutation(
+        "forward copies the inputs of the wrong step",
+        "cuda/forward_tile.cuh",
+        "copy_inputs(«n + kForwardStages - 1»);",
+        "n + kForwardStages",
+        "from the fourth step on, inputs are missing",
+        _FUSED,
+    ),
+    # Alternating buffers.
+    Mutation(
+        "one set of forward sums",
+        "cuda/persistent_forward.cu",
+        "«(n & 1) * cell_tiles * kTeamWarps * kCellsOfTile»",
+        "0",
+        "the next step's sums are put where a slow warp still reads",
+        (element(PERSISTENT, "fp32"), element(TILES, "fp32")),
+    ),
+    Mutation(
+        "one set of backward sums",
+        "cuda/persistent_backward.cu",
+        "«(n & 1) * cell_tiles * kTeamWarps * kWarpThreads»",
+        "0",
+        "the next step's sums are put where a slow warp still reads",
+        (element(PERSISTENT, "fp32"), element(TILES, "fp32")),
+    ),
+    Mutation(
+        "one exchange buffer, forward",
+        "cuda/persistent_forward.cu",
+        "«(n & 1) * p_.team.tiles * all_blocks_ * kWarpThreads»",
+        "0",
+        "states are overwritten before all have read them",
+        (SMALL,),
+    ),
+    Mutation(
+        "one exchange buffer, backward",
+        "cuda/persistent_backward.cu",
+        "«(n & 1) * p_.team.tiles * all_blocks_ * kWarpThreads»",
+        "0",
+        "gradients are overwritten before all have read them",
+        (SMALL,),
+    ),
+    Mutation(
+        "one buffer of states, resident",
+        "cuda/resident.cu",
+        "buffers_ + «(n & 1) * blocks_ * kWarpThreads»;",
+        "0",
+        "states are overwritten before all have read them",
+        (RESIDENT,),
+    ),
+    Mutation(
+        "forward reads the other buffer",
+        "cuda/persistent_forward.cu",
+        "from_ = buffer(«n - 1») + warp_",
+        "n",
+        "it waits for a state that is yet to be made",
+        (SMALL,),
+    ),
+    Mutation(
+        "forward publishes into the other buffer",
+        "cuda/persistent_forward.cu",
+        "states.publish(«n», octet, tile, h[0]);",
+        "n + 1",
+        "readers wait for ever",
+        (SMALL,),
+    ),
+    # Tags.
+    Mutation(
+        "tag of every step",
+        "cuda/product.cuh",
+        "return «(step >> 1) & 1»;",
+        "step & 1",
+        "a buffer's next states have the tag of those before",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "constant tag",
+        "cuda/product.cuh",
+        "return «(step >> 1) & 1»;",
+        "false",
+        "old states pass for new ones",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "nobody waits for states",
+        "cuda/product.cuh",
+        "if («warp_all(!stale)») break;",
+        "warp_all(true)",
+        "products take what happens to be there",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "forward tags are not looked at",
+        "cuda/persistent_forward.cu",
+        "return «(tag_errors(state, tag_) & tagged(tile, block)) != 0»;",
+        "false",
+        "products take what happens to be there",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "one word's tag is not looked at",
+        "cuda/product.cuh",
+        "return «(v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)»;",
+        "(v.x ^ tag) | (v.y ^ tag) | (v.w ^ tag)",
+        "words arrive one by one",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "backward tags are not looked at",
+        "cuda/persistent_backward.cu",
+        "return block < blocks_ && «(state.w & 1) != tag_»;",
+        "false",
+        "products take what happens to be there",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "forward tag is not cleared",
+        "cuda/persistent_forward.cu",
+        "«state.y &= ~tags;»",
+        "",
+        "a set tag is part of the exponent",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "own tag bit is kept when h is published",
+        "cuda/persistent_forward.cu",
+        "store_relaxed(to + word, «(value & ~W::kTag) | tag»)",
+        "value | tag",
+        "a NaN has the bit set and is waited for for ever",
+        (replace(SMALL, nan_at=("x", 5)),),
+    ),
+    Mutation(
+        "h_0 is taken for tagged data",
+        "cuda/persistent_forward.cu",
+        "return «block < blocks_ && !(initial_ >> tile & 1)» ? W::kTag : 0;",
+        "block < blocks_",
+        "no tag of an h_0 means anything",
+        (SMALL,),
+    ),
+    Mutation(
+        "h_0 is read from the exchange buffer",
+        "cuda/persistent_forward.cu",
+        "«if (begins || n == 0) initial_ |= 1u << tile;»",
+        "",
+        "nobody has put it there",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "in reverse, all columns begin at once",
+        "cuda/persistent_forward.cu",
+        "const bool ragged = «order_.reverse && p_.sequences.lengths != nullptr»;",
+        "false",
+        "a shorter sequence's h_0 comes through the exchange buffer, which cuts it to numbers below 2",
+        (ragged(PERSISTENT), packed(PERSISTENT)),
+    ),
+    Mutation(
+        "a reset before the first step is ignored by the product",
+        "cuda/persistent_forward.cu",
+        "if (!begins || «order_.restarts(p_.sequences, t, b, length)») zero_",
+        "false",
+        "h_0 is multiplied where the sequence is cut",
+        (cut(PERSISTENT),),
+    ),
+    Mutation(
+        "h_0 of another column tile",
+        "cuda/persistent_forward.cu",
+        "row_vector<E>(d_.h_0, «column(tile)», p_.row_stride",
+        "column(0)",
+        "the second tile begins with the first one's states",
+        (TILES,),
+    ),
+    # The exchange buffer's contents before the first step.
+    Mutation(
+        "exchange buffer is not filled",
+        "cuda/cuda_ops.cpp",
+        "check(«cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream)»,",
+        "cudaSuccess",
+        "states of an earlier launch pass for new ones",
+        (stale(SMALL), stale(replace(SMALL, T=4)), stale(replace(SMALL, T=2))),
+    ),
+    Mutation(
+        "exchange buffer is filled with zeros",
+        "cuda/cuda_ops.cpp",
+        "check(«cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream)»,",
+        "cudaMemsetAsync(buffer.data_ptr(), 0, bytes, stream)",
+        "zero is tagged as the first step's state",
+        (SMALL,),
+    ),
+    # Packets.
+    Mutation(
+        "gradients are stored word by word",
+        "cuda/persistent_backward.cu",
+        "«store_relaxed_packet(to + vector, packet);»",
+        "for (int i = 0; i < 4; ++i) store_relaxed(reinterpret_cast<uint32_t*>(to + vector) + i, (&packet.x)[i]);",
+        "the tag may arrive before the other words",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "gradients are loaded word by word",
+        "cuda/persistent_backward.cu",
+        "? «load_relaxed_packet(from(tile, block))» : uint4{};",
+        "load_relaxed(from(tile, block))",
+        "a packet may arrive between two words",
+        (PERSISTENT, replace(PERSISTENT, D=1)),
+    ),
+    Mutation(
+        "the last gradients are not published",
+        "cuda/persistent_backward.cu",
+        "if («n < products») gradients.publish",
+        "n + 1 < products",
+        "the product that gives d_h_0 waits for ever",
+        (SMALL,),
+    ),
+    # NaN.
+    Mutation(
+        "a NaN is not noticed",
+        "cuda/persistent_forward.cu",
+        "const uint32_t lanes = «warp_ballot(above_one_ != 0)»;",
+        "uint32_t(0)",
+        "it travels as a number between 1 and 2",
+        (replace(PERSISTENT, nan_at=("c_0", 4)),),
+    ),
+    Mutation(
+        "a NaN in one of the words is not noticed",
+        "cuda/persistent_forward.cu",
+        "is_above_one(state.y) | «is_above_one(state.z)» | is_above_one(state.w)",
+        "0",
+        "a NaN in one unit of c_0 is in one word",
+        (replace(PERSISTENT, nan_at=("c_0", 4)), replace(PERSISTENT, nan_at=("c_0", 5))),
+    ),
+    Mutation(
+        "a NaN goes into another column",
+        "cuda/persistent_forward.cu",
+        "lanes >> «(8 * (lane_ % 4))»;",
+        "8 * (3 - lane_ % 4)",
+        "rows of the batch do not mix",
+        (replace(PERSISTENT, nan_at=("x", 5)),),
+    ),
+    Mutation(
+        "a NaN goes into the neighbouring column",
+        "cuda/persistent_forward.cu",
+        "if (of_columns & («i % 2 == 0» ? 0x0fu : 0xf0u))",
+        "i % 2 == 1",
+        "rows of the batch do not mix",
+        (replace(PERSISTENT, nan_at=("x", 5)),),
+    ),
+    Mutation(
+        "a NaN goes into the next column tile",
+        "cuda/persistent_forward.cu",
+        "«above_one_ = 0;»\n    if (lanes == 0) return;",
+        "",
+        "rows of the batch do not mix",
+        (replace(TILES, nan_at=("x", 5)),),
+    ),
+    # Products.
+    Mutation(
+        "sums of a tile go into the next",
+        "cuda/product.cuh",
+        "«sums[set][m][k] = 0.f;»",
+        "",
+        "the second column tile's sums begin with the first one's",
+        (TILES,),
+    ),
+    Mutation(
+        "half of the sums are left out",
+        "cuda/product.cuh",
+        "«sums[0][m][k] += sums[1][m][k];»",
+        "",
+        "terms are missing",
+        (TILES,),
+    ),
+    Mutation(
+        "the sums of one warp are left out",
+        "cuda/persistent_backward.cu",
+        "«product[0][1] += sums.y;»",
+        "if (w != 1) product[0][1] += sums.y;",
+        "terms are missing",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "sums of the wrong gate",
+        "cuda/persistent_forward.cu",
+        "float4{i_f[1], «i_f[3]», g_o[1], g_o[3]}",
+        "i_f[1]",
+        "f is not i",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "full float32 by the large parts alone",
+        "cuda/weights.cuh",
+        "for (int parts = «2 * E::kParts - 2»; parts >= 0; --parts)",
+        "0",
+        "half of the bits are missing",
+        (element(PERSISTENT, "fp32"), element(RESIDENT, "fp32")),
+    ),
+    Mutation(
+        "full float32 without the small part of the weights",
+        "cuda/weights.cuh",
+        "for (int parts = «2 * E::kParts - 2»; parts >= 0; --parts)",
+        "E::kParts - 1",
+        "half of their bits are missing",
+        (element(PERSISTENT, "fp32"), element(RESIDENT, "fp32")),
+    ),
+    # Layouts.
+    Mutation(
+        "h of 16 bits in the wrong place",
+        "cuda/exchange.cuh",
+        "lane / 4 * 4 + «octet % 4») * 4",
+        "(octet + 1) % 4",
+        "units are multiplied by other units' weights",
+        (replace(PERSISTENT, H=32), replace(RESIDENT, H=32)),
+    ),
+    Mutation(
+        "h of 32 bits in the wrong place",
+        "cuda/exchange.cuh",
+        "«unit % W::kPerBlock / W::kPerVector»;",
+        "unit % W::kPerVector",
+        "units are multiplied by other units' weights",
+        (replace(PERSISTENT, element="tf32", H=32), replace(RESIDENT, element="tf32", H=32)),
+    ),
+    # Tails.
+    Mutation(
+        "lanes behind the last octet wait",
+        "cuda/persistent_forward.cu",
+        "blocks_ = «first < octets * kOctet ? ceil_div(octets * kOctet - first, stride) : 0»;",
+        "ceil_div(octets * kOctet, stride)",
+        "nobody writes there",
+        (SMALL,),
+    ),
+    Mutation(
+        "a block too many in backward",
+        "cuda/persistent_backward.cu",
+        "blocks_ = «warp < all_blocks_ ? ceil_div(all_blocks_ - warp, kTeamWarps) : 0»;",
+        "ceil_div(all_blocks_, kTeamWarps)",
+        "nobody writes there",
+        (SMALL,),
+    ),
+    Mutation(
+        "a row behind the batch, forward",
+        "cuda/forward_tile.cuh",
+        "return unit(o) < p_.hidden && «column(e) < p_.sequences.batch»;",
+        "column(e) <= p_.sequences.batch",
+        "its states are written behind the tensor or over others",
+        _FUSED,
+    ),
+    Mutation(
+        "a unit behind the last, forward",
+        "cuda/forward_tile.cuh",
+        "return «unit(o) < p_.hidden» && column",
+        "unit(o) <= p_.hidden",
+        "its states are written over the next row",
+        _FUSED,
+    ),
+    Mutation(
+        "a unit behind the last is put out",
+        "cuda/forward_tile.cuh",
+        "if («unit(o) >= p_.hidden») continue;",
+        "unit(o) > p_.hidden",
+        "it is written over the other direction",
+        _FUSED,
+    ),
+    Mutation(
+        "a row behind the batch, backward",
+        "cuda/backward_tile.cuh",
+        "return unit(o) < p_.hidden && «column(e) < p_.sequences.batch»;",
+        "column(e) <= p_.sequences.batch",
+        "its gradients are written behind the tensor or over others",
+        _FUSED,
+    ),
+    Mutation(
+        "a unit behind the last gets a gradient",
+        "cuda/backward_tile.cuh",
+        "if («unit(o) >= p_.hidden») continue;",
+        "unit(o) > p_.hidden",
+        "it is written over the next gate",
+        _FUSED,
+    ),
+    Mutation(
+        "inputs behind the last unit",
+        "cuda/tile_copy.cuh",
+        "«i < count» ? from[i]",
+        "i <= count",
+        "behind the last row there is nothing",
+        _FUSED,
+    ),
+    Mutation(
+        "weights behind the last unit",
+        "cuda/weights.cuh",
+        "if («unit >= hidden || k >= stride») return uint4{};",
+        "k >= stride",
+        "behind the last row there is nothing",
+        _FUSED,
+    ),
+    Mutation(
+        "the column behind the batch has steps",
+        "cuda/sequences.cuh",
+        "if («b >= s.batch») return 0;",
+        "b > s.batch",
+        "its outputs are written over the next step",
+        _FUSED,
+    ),
+    Mutation(
+        "states that no unit fills are not cleared",
+        "cuda/resident.cu",
+        "«states.clear();»",
+        "",
+        "zero weights times NaN",
+        (RESIDENT,),
+    ),
+    Mutation(
+        "rows that are not aligned count as aligned",
+        "cuda/cuda_ops.cpp",
+        "bool all = «p.H % elements == 0»;",
+        "true",
+        "loads of 16 bytes need aligned addresses",
+        _FUSED,
+    ),
+    Mutation(
+        "tensors that are not aligned count as aligned",
+        "cuda/cuda_ops.cpp",
+        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == «0»",
+        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16",
+        "loads of 16 bytes need aligned addresses",
+        (replace(PERSISTENT, H=72, offset=1), replace(RESIDENT, H=72, offset=1)),
+    ),
+    Mutation(
+        "rows of weights are not padded",
+        "cuda/cuda_ops.cpp",
+        "if («row_stride() == p.H && aligned({&t})») return t;",
+        "true",
+        "kernels take rows of a multiple of 8",
+        _FUSED,
+    ),
+    # Sequences: lengths, packing, order.
+    Mutation(
+        "states go on behind the end",
+        "cuda/forward_tile.cuh",
+        "if («t >= length_[e]») continue;\n        c_[o][e] = c;",
+        "false",
+        "final states are those of the sequence's last step",
+        _each(ragged, _FUSED),
+    ),
+    Mutation(
+        "outputs go on behind the end",
+        "cuda/forward_tile.cuh",
+        "if («t >= length_[e]») continue;\n      const int64_t row",
+        "false",
+        "packed rows of other columns are overwritten; columns behind the batch have no rows",
+        _each(packed, _FUSED),
+    ),
+    Mutation(
+        "gradients come from behind the end",
+        "cuda/backward_tile.cuh",
+        "if («active_[e]») d_h_[o][e] = restarted_[e]",
+        "true",
+        "d_h_n is lost at the steps that the column does not have",
+        _each(ragged, _FUSED),
+    ),
+    Mutation(
+        "d_c changes behind the end",
+        "cuda/backward_tile.cuh",
+        "if («active_[e]») d_c_[o][e] = restarts_[e]",
+        "true",
+        "d_c_n is lost at the steps that the column does not have",
+        _each(ragged, _FUSED),
+    ),
+    Mutation(
+        "gradients are stored behind the end",
+        "cuda/backward_tile.cuh",
+        "if («!active_[e]») continue;",
+        "false",
+        "packed rows of other columns are overwritten",
+        _each(packed, _FUSED),
+    ),
+    Mutation(
+        "lengths beyond the steps",
+        "cuda/sequences.cuh",
+        "return «length < 0 ? 0 : length > s.steps ? s.steps : static_cast<int>(length)»;",
+        "static_cast<int>(length)",
+        "in reverse, the sequence never begins",
+        _each(ragged, _ALL),
+    ),
+    Mutation(
+        "rows of packed sequences as if padded",
+        "cuda/sequences.cuh",
+        "return («s.offsets != nullptr ? s.offsets[t] : static_cast<int64_t>(t) * s.batch») + b;",
+        "static_cast<int64_t>(t) * s.batch",
+        "later steps have fewer rows",
+        _each(packed, _ALL),
+    ),
+    Mutation(
+        "reverse is forward",
+        "cuda/sequences.cuh",
+        "return «reverse ? steps - 1 - n : n»;",
+        "n",
+        "the second direction runs backwards in time",
+        _ALL,
+    ),
+    Mutation(
+        "reverse begins at step 0",
+        "cuda/sequences.cuh",
+        "return t == («reverse ? length - 1 : 0»); }\n  // Whether it is the last",
+        "0",
+        "c_0 is that of the first step computed",
+        _ALL,
+    ),
+    Mutation(
+        "packed columns are a step too long",
+        "cuda/cuda_ops.cpp",
+        "while («a.offsets[t] - a.offsets[t - 1] <= b») --t;",
+        "a.offsets[t] - a.offsets[t - 1] < b",
+        "there is no row for it",
+        _each(packed, _ALL),
+    ),
+    Mutation(
+        "the second of two directions at once is the first",
+        "cuda/persistent_forward.cu",
+        "const int second = «team >= p.groups»,",
+        "team > p.groups",
+        "a direction is not computed",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "two directions at once go the same way",
+        "cuda/persistent_backward.cu",
+        "const Order order = {«second || p.reverse»};",
+        "bool(p.reverse)",
+        "the second direction runs backwards in time",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "the second direction alone goes forward",
+        "cuda/cuda_ops.cpp",
+        "params.reverse = «direction == 1»;\n    params.first_column = first_column;\n    params.aligned = true;",
+        "false",
+        "the second direction runs backwards in time",
+        (SMALL_DEVICE,),
+    ),
+    Mutation(
+        "waves overlap",
+        "cuda/cuda_ops.cpp",
+        "launch(direction, at_once, «wave * plan.groups * plan.team.tiles * kColumns»);",
+        "wave * plan.team.tiles * kColumns",
+        "the last columns are not computed",
+        (WAVES,),
+    ),
+    # Resets.
+    Mutation(
+        "a reset keeps c",
+        "cuda/forward_tile.cuh",
+        "«if (restart_[e]) c_[o][e] = 0.f;»",
+        "",
+        "states are zero behind a cut",
+        _each(cut, _FUSED),
+    ),
+    Mutation(
+        "a reset keeps h",
+        "cuda/forward_tile.cuh",
+        "h[o][e] = «restart_[e] ? 0.f : h_[o][e]»;",
+        "h_[o][e]",
+        "states are zero behind a cut",
+        _each(cut, _FUSED),
+    ),
+    Mutation(
+        "resets one step late",
+        "cuda/forward_tile.cuh",
+        "restart_[e] = n + 1 < p_.sequences.steps && «restarts(n + 1, e)»;",
+        "restarts(n, e)",
+        "states are zero before the marked step",
+        _each(cut, _FUSED),
+    ),
+    Mutation(
+        "resets of the reverse direction at the wrong step",
+        "cuda/sequences.cuh",
+        "const int cut = «reverse ? t + 1 : t»;",
+        "t",
+        "the cut lies between the marked step and the one before it in time",
+        _each(cut, _ALL),
+    ),
+    Mutation(
+        "d_h goes through a reset",
+        "cuda/backward_tile.cuh",
+        "d_h_[o][e] = «restarted_[e] ? 0.f : product[o][e]»;",
+        "product[o][e]",
+        "nothing flows through a cut",
+        _each(cut, _FUSED),
+    ),
+    Mutation(
+        "d_c goes through a reset",
+        "cuda/backward_tile.cuh",
+        "d_c_[o][e] = «restarts_[e] ? 0.f : d_c»;",
+        "d_c",
+        "nothing flows through a cut",
+        _each(cut, _FUSED),
+    ),
+    Mutation(
+        "the forget gate's gradient sees c from before a reset",
+        "cuda/backward_tile.cuh",
+        "c_before = «restarts_[e]» ? 0.f",
+        "false",
+        "c was zero",
+        _each(cut, _FUSED),
+    ),
+    # Cells.
+    Mutation(
+        "b_hh is left out",
+        "cuda/forward_tile.cuh",
+        "+ «E::load(static_cast<const Storage*>(d_.b_hh)[at])»;",
+        "0.f",
+        "it is added to b_ih",
+        _FUSED,
+    ),
+    Mutation(
+        "the first step's c_{t-1} is not c_0",
+        "cuda/backward_tile.cuh",
+        ": «first» ? state(d_.c_0, o, e)",
+        "false",
+        "there is no step before it",
+        _FUSED,
+    ),
+    Mutation(
+        "c_{t-1} is c_t",
+        "cuda/backward_tile.cuh",
+        "cells(o, «n + 1»)[cell];",
+        "n",
+        "the forget gate's gradient is another",
+        _FUSED,
+    ),
+    Mutation(
+        "d_y is left out",
+        "cuda/backward_tile.cuh",
+        "«if (d_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);»",
+        "",
+        "it is part of the gradient of h",
+        _FUSED,
+    ),
+    Mutation(
+        "d_c_n is left out",
+        "cuda/backward_tile.cuh",
+        "d_c_[o][e] = «state(d_.d_c_n, o, e)»;",
+        "0.f",
+        "it is where the gradient of c begins",
+        _FUSED,
+    ),
+    Mutation(
+        "persistent d_h_0 without the last product",
+        "cuda/persistent_backward.cu",
+        "const int products = «d.d_h_0 == nullptr» ?",
+        "true",
+        "it is W_hh^T times the first step's gradients",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "resident d_h_0 without the last product",
+        "cuda/resident.cu",
+        "const int products = «d.d_h_0 == nullptr» ?",
+        "true",
+        "it is W_hh^T times the first step's gradients",
+        (RESIDENT,),
+    ),
+    # The stepwise family.
+    Mutation(
+        "stepwise: h_n is not stored",
+        "cuda/stepwise.cu",
+        "«if (last) store<E>(p.direction.h_n, x.at, h);»",
+        "",
+        "it stays h_0",
+        (STEPWISE,),
+    ),
+    Mutation(
+        "stepwise: a reset keeps h",
+        "cuda/stepwise.cu",
+        "store<E>(p.h, x.at, «restarts ? typename E::Compute(0) : h»);",
+        "h",
+        "states are zero behind a cut",
+        (cut(STEPWISE),),
+    ),
+    Mutation(
+        "stepwise: d_c goes through a reset",
+        "cuda/stepwise.cu",
+        "kept = «restarts ? Compute(0) : d_c»;",
+        "d_c",
+        "nothing flows through a cut",
+        (cut(STEPWISE),),
+    ),
+    Mutation(
+        "stepwise: gradients come from behind the end",
+        "cuda/stepwise.cu",
+        "if («before < length»)",
+        "true",
+        "the product of a step that a column does not have is not its gradient",
+        (ragged(STEPWISE), packed(STEPWISE)),
+    ),
+    Mutation(
+        "stepwise: an element behind the last",
+        "cuda/stepwise.cu",
+        "place.row, place.i, «place.i < width»};",
+        "place.i <= width",
+        "threads behind the last element write into the next row",
+        (STEPWISE,),
+    ),
+    Mutation(
+        "what a step read as h, in reverse",
+        "cuda/stepwise.cu",
+        "load<E>(p.y, row_of(s, «p.reverse ? t + 1 : t - 1», b)",
+        "t - 1",
+        "it is the output of the step after it in time",
+        (cut(STEPWISE), ragged(STEPWISE)),
+    ),
+    # The driver.
+    Mutation(
+        "the biases' gradients are one tensor",
+        "cuda/cuda_ops.cpp",
+        "«needed(2) ? d_bias.clone() : d_bias»;",
+        "d_bias",
+        "who changes one in place changes the other",
+        (STEPWISE,),
+    ),
+    Mutation(
+        "gradients do not go through the dropout",
+        "cuda/cuda_ops.cpp",
+        "d_outputs_of_layer = «input_of_layer(s, l, d_input)»;",
+        "d_input",
+        "dropped outputs have no gradient",
+        (DEEP,),
+    ),
+    Mutation(
+        "outputs of no step are left as they were",
+        "cuda/cuda_ops.cpp",
+        "«if (s.padded()) out.zero_();»",
+        "",
+        "they are zero",
+        (ragged(STEPWISE),),
+    ),
+    Mutation(
+        "gradients of no step are left as they were",
+        "cuda/cuda_ops.cpp",
+        "«if (t->defined()) t->zero_();»",
+        "",
+        "the products over all steps take them in",
+        (ragged(PERSISTENT),),
+    ),
+    Mutation(
+        "padding reaches the gradient of W_ih",
+        "cuda/cuda_ops.cpp",
+        "«if (s.padded() && l == 0) input = without_padding(s, input, lengths->to(x.device()));»",
+        "",
+        "0 * NaN",
+        (replace(ragged(STEPWISE), nan_at=("x", 2)),),
+    ),
+    Mutation(
+        "the gradient of W_hh takes h_0 for the wrong step",
+        "cuda/cuda_ops.cpp",
+        "d_gates.narrow(0, «reverse ? others : 0», p.B).t(),",
+        "0",
+        "in reverse, the last step in time reads it",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "the gradient of W_hh takes y of the wrong steps",
+        "cuda/cuda_ops.cpp",
+        "y.narrow(0, «reverse ? p.B : 0», others)",
+        "0",
+        "in reverse, a step reads the output of the step after it in time",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "d_x has the second direction only",
+        "cuda/cuda_ops.cpp",
+        "multiply(s.element, d_input, d_gates[d], w.w_ih, «d > 0»);",
+        "false",
+        "it is the sum of both",
+        (PERSISTENT,),
+    ),
+    Mutation(
+        "W_hr is applied to the rows of another step",
+        "cuda/cuda_ops.cpp",
+        "s.product(«d_outputs[d].t()», hidden_states[d]);",
+        "d_outputs[d].roll(1, 0).t()",
+        "a step's gradient belongs to its own hidden state",
+        (PROJECTED,),
+    ),
+]
+
+
+# ---------------------------------------------------------------------------------------------------- planting
+
+
+def planted(file: str, text: str, mutations: Sequence[Mutation]) -> str:
+    """``text`` with all mutations of the file, each behind a switch with its number in ``mutations``."""
+    by_span: dict[tuple[int, int], list[int]] = {}
+    for number, mutation in enumerate(mutations):
+        if mutation.file == file:
+            by_span.setdefault(mutation.span(text), []).append(number)
+    if not by_span:
+        return text
+    end = len(text)
+    for (first, last), numbers in sorted(by_span.items(), reverse=True):
+        if last > end:
+            raise ValueError(f"mutations overlap in {file}: {text[first:last]}")
+        end = first
+        switched = old = text[first:last]
+        for number in numbers:
+            new = mutations[number].new
+            if old.endswith(";"):
+                switched = f"if (mutated({number})) {{ {new} }} else {{ {switched} }}"
+            else:
+                switched = f"(mutated({number}) ? ({new}) : ({switched}))"
+        text = text[:first] + switched + text[last:]
+    return f'#include "mutation_switch.h"\n{text}'
+
+
+def build(mutations: Sequence[Mutation] = MUTATIONS) -> Path:
+    """Build the library that has all mutations."""
+    built = emulated.ROOT / "build" / "host_cuda"
+    if not (TREE / "build").exists() and built.exists():
+        shutil.copytree(built, TREE / "build" / "host_cuda")  # what has no mutation needs no other build
+    wanted = set()
+    for source in (*(emulated.ROOT / "csrc").rglob("*"), *(emulated.ROOT / "tests/host_cuda").iterdir()):
+        if source.suffix not in (".cpp", ".cu", ".cuh", ".h"):
+            continue
+        name = source.relative_to(emulated.ROOT)
+        text = source.read_text()
+        changed = planted(name.as_posix().removeprefix("csrc/"), text, mutations)
+        copy = TREE / name
+        wanted.add(copy)
+        if copy.exists() and copy.read_text() == changed:
+            continue  # and stays as old as it is
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(changed)
+        if changed == text:
+            shutil.copystat(source, copy)
+    for folder in ("csrc", "tests"):
+        for path in (TREE / folder).rglob("*"):
+            if path.is_file() and path not in wanted:
+                path.unlink()
+    return emulated.build(TREE)
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def first_failure(cases: Sequence[Case], rounds: int) -> str:
+    """What goes wrong first in the cases under different seeds, or an empty string."""
+    for seed in range(rounds):
+        for case in cases:
+            try:
+                check(replace(case, seed=seed, data_seed=seed))
+            except Exception as error:  # whatever it is, it is noticed
+                return str(error).partition("): ")[2] or str(error)
+    return ""
+
+
+def _run(library: Path, number: int, cases: Sequence[Case], rounds: int, result: Connection) -> None:
+    torch.set_num_threads(1)
+    emulated.load(library).emulated_mutate(number)
+    result.send(first_failure(cases, rounds))
+
+
+def run(library: Path, number: int, cases: Sequence[Case], rounds: int = ROUNDS) -> str:
+    """:func:`first_failure` with one mutation, in a process of its own: it may damage memory or never end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "fastlstm"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(library, number, cases, rounds, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(SECONDS):
+            return f"no end after {SECONDS} seconds"
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()

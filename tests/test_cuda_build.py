@@ -1,0 +1,153 @@
+"""What nvcc made of the CUDA kernels: that all are there, and that the compiler has kept the promises they rely on.
+
+These tests read the machine code in the extension module itself and need no GPU. Without kernels in it there is nothing
+to look at; with them, the tools that read it have to be there.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from host_cuda.cubins import Instruction, Kernel, kernels, ptx_symbols, table
+
+from fastlstm import _C, build_info
+
+TARGETS = build_info()["cuda"]
+FILE = Path(_C.__file__)
+with_kernels = pytest.mark.skipif(not TARGETS, reason="built without CUDA kernels")
+
+STEP_KERNELS = ("persistent_forward", "persistent_backward", "resident_forward", "resident_backward")
+
+
+def faults(kernel: Kernel) -> Iterator[str]:
+    """What is wrong with a kernel that runs all steps of a layer."""
+
+    def of(pattern: str, instructions: tuple[Instruction, ...] = kernel.instructions) -> list[str]:
+        return [str(each) for each in instructions if re.match(pattern, each.opcode)]
+
+    loop = kernel.step_loop
+    forward, persistent = "forward" in kernel.function, "persistent" in kernel.function
+    # Local memory is memory: what spills is loaded again in every step.
+    if kernel.stack or kernel.local:
+        yield f"{kernel.stack + kernel.local} bytes of local memory per thread"
+    if spilled := of("LDL|STL"):
+        yield f"local memory: {spilled}, in the step loop: {of('LDL|STL', loop)}"
+    # The planner knows of dynamic shared memory alone. From sm_90 on, the system has 1 KB of every block.
+    if kernel.shared != (1024 if int(re.sub(r"\D", "", kernel.target)) >= 90 else 0):
+        yield f"{kernel.shared} bytes of static shared memory"
+    # A fence waits for all stores that are under way, y and the saved gates too. The exchange is made to do without.
+    if fences := of("MEMBAR|FENCE|ERRBAR|CCTL"):
+        yield f"fences: {fences}"
+    # Two MMAs for each tile of weights, in float32 for each of three products of parts. All of them are in the loop,
+    # which is unrolled by whole rounds of blocks.
+    assert kernel.octets_and_blocks is not None
+    octets, blocks = kernel.octets_and_blocks
+    m_tiles = 2 * octets if forward else -(-octets // 2)
+    in_one_product = 2 * m_tiles * blocks * (3 if kernel.element == "Fp32" else 1)
+    shape = "HMMA.1688.F32.TF32" if kernel.element in ("Tf32", "Fp32") else "HMMA.16816.F32"
+    products = of(re.escape(shape), loop)
+    if not products or len(products) % in_one_product or len(products) != kernel.products:
+        yield f"{len(products)} x {shape} in the step loop, which takes {in_one_product}, of {kernel.products} products"
+    if len(barriers := of("BAR", loop)) != 1:
+        yield f"barriers in the step loop: {barriers}"
+    if not of(r"LDGSTS\..*\b128\b", loop):
+        yield "inputs are not copied to shared memory asynchronously, 16 bytes at a time"
+    # At GPU scope, loads and stores that are relaxed meet in L2 and order nothing else.
+    if persistent and not of(r"LDG\..*\b128\.STRONG\.GPU", loop):
+        yield "states are not loaded from L2, 16 bytes at a time"
+    kind, store = ("words", r"STG\.E\.STRONG\.GPU") if forward else ("packets", r"STG\.E\.128\.STRONG\.GPU")
+    if persistent and not of(store, loop):
+        yield f"states are not stored to L2 as {kind}"
+    if not persistent and (strong := of(r".*\bSTRONG\b")):
+        yield f"a resident kernel exchanges nothing, but there is {strong}"
+
+
+@with_kernels
+def test_every_kernel_is_there_for_every_target() -> None:
+    symbols: dict[str, set[str]] = {target: set() for target in TARGETS} | ptx_symbols(FILE)
+    for kernel in kernels(FILE):
+        symbols.setdefault(kernel.target, set()).add(kernel.symbol)
+    assert set(symbols) == set(TARGETS)
+    everything = set().union(*symbols.values())
+    assert {target: everything - found for target, found in symbols.items()} == {target: set() for target in TARGETS}
+    assert {kernel.function for kernel in kernels(FILE)} > set(STEP_KERNELS)
+
+
+@with_kernels
+@pytest.mark.parametrize("function", STEP_KERNELS)
+def test_kernels_keep_everything_on_chip_and_order_no_more_than_they_must(function: str) -> None:
+    of_function = [kernel for kernel in kernels(FILE) if kernel.function == function]
+    found = [f"{kernel}: {fault}" for kernel in of_function for fault in faults(kernel)]
+    assert of_function
+    assert not found, "\n".join(["", *found])
+
+
+@with_kernels
+def test_table() -> None:
+    rows = table(kernels(FILE)).splitlines()
+    assert len(rows) == 2 + len({kernel.name for kernel in kernels(FILE)})
+    assert all(row.count("|") == rows[0].count("|") for row in rows)
+
+
+# A made-up persistent_forward<Bf16, 1, 1>: a step loop from 0x10 to 0xa0 as nvcc lays them out, the polling at the end.
+CODE = """
+LDG.E.128 R4,[R2.64]
+LDGSTS.E.BYPASS.128.ZFILL [R8][R18.64],P0
+BSSY B0,0x50
+@P1 BRA 0xd0
+BSYNC B0
+HMMA.16816.F32.BF16 R8,R4,R12,RZ
+HMMA.16816.F32.BF16 R8,R4,R14,R8
+HMMA.16816.F32.BF16 R20,R4,R12,RZ
+HMMA.16816.F32.BF16 R20,R4,R14,R20
+BAR.SYNC.DEFER_BLOCKING 0x0
+@P2 BRA 0x10
+STG.E [R2.64],R8
+EXIT
+LDG.E.128.STRONG.GPU R12,[R2.64]
+STG.E.STRONG.GPU [R6.64],R12
+BRA 0x40
+"""
+
+
+def made_up(change: Callable[[str], str] = str, **resources: int) -> Kernel:
+    code = [re.fullmatch(r"(@\S+)? ?(\S+) ?(.*)", line) for line in change(CODE).strip().splitlines()]
+    symbol = "_ZN4cuda26_GLOBAL__N__0_22_persistent_forward_cu_0018persistent_forwardINS0_4Bf16ELi1ELi1EEEvNS0_6ParamsE"
+    numbers = {"registers": 32, "stack": 0, "local": 0, "shared": 0} | resources
+    return Kernel(
+        "sm_80",
+        symbol,
+        **numbers,
+        instructions=tuple(Instruction(*(part or "" for part in line.groups())) for line in code),
+    )
+
+
+def test_a_step_loop_is_found_whole() -> None:
+    kernel = made_up()
+    assert str(kernel) == "persistent_forward<Bf16, 1, 1> for sm_80"
+    outside = {instruction.opcode for instruction in set(kernel.instructions) - set(kernel.step_loop)}
+    assert outside == {"LDG.E.128", "STG.E", "EXIT"}
+    assert list(faults(kernel)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda code: code.replace("STG.E [R2.64],R8", "MEMBAR.SC.GPU"), "fences: ['MEMBAR.SC.GPU']"),
+        (lambda code: code + "LDL R0,[R1]", "local memory: ['LDL R0,[R1]'], in the step loop: []"),
+        (lambda code: code.replace("HMMA", "FFMA"), "0 x HMMA"),
+        (lambda code: code.replace("HMMA", "FFMA", 1), "3 x HMMA.16816.F32 in the step loop, which takes 4"),
+        (lambda code: code.replace("LDGSTS", "LDG"), "asynchronously"),
+        (lambda code: code.replace("BAR.", "WARPSYNC."), "barriers in the step loop: []"),
+        (lambda code: code.replace("LDG.E.128.STRONG", "LDG.E.64.STRONG"), "not loaded from L2"),
+        (lambda code: code.replace("STG.E.STRONG.GPU", "STG.E.STRONG.SYS"), "not stored to L2"),
+    ],
+)
+def test_faults_are_found(change: Callable[[str], str], fault: str) -> None:
+    assert fault in "\n".join(faults(made_up(change)))
+
+
+def test_local_and_static_shared_memory_are_found() -> None:
+    assert list(faults(made_up(stack=8))) == ["8 bytes of local memory per thread"]
+    assert list(faults(made_up(shared=64))) == ["64 bytes of static shared memory"]

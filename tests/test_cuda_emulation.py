@@ -1,0 +1,267 @@
+"""The CUDA driver and kernels, run on the CPU against the fp64 reference.
+
+The source is that of csrc/cuda; what a GPU does is emulated by host_cuda/emulation.h under a scheduler that draws from
+a seed. That shows wrong arithmetic, layouts, indices and protocols; it does not show speed, nor what depends on the
+hardware's own rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from host_cuda import emulated
+from host_cuda.cases import DEVICES, Case, check, computed, make_inputs, random_case
+from torch import Tensor
+
+FUSED = ["resident", "persistent"]
+FAMILIES = ["stepwise", *FUSED]
+MULTIPLIED = ["bf16", "fp16", "tf32", "fp32"]  # by tensor cores
+
+CASES_PER_FAMILY = 200
+CASES_PER_TEST = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    emulated.load(emulated.build())
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit: NaN equals NaN, 0 does not equal -0."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].view(integers[a[name].element_size()]), b[name].view(integers[b[name].element_size()]))
+        for name in a
+    )
+
+
+def test_emulation() -> None:
+    """The emulation is as unforgiving as it says: its own tests, in C++."""
+    done = subprocess.run([emulated.build(target="test_emulation")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("first", range(0, CASES_PER_FAMILY, CASES_PER_TEST))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_problems(family: str, first: int) -> None:
+    for seed in range(first, first + CASES_PER_TEST):
+        check(random_case(family, seed))
+
+
+# ---------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("element", MULTIPLIED)
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("place", ["x", "h_0", "c_0", "w_hh", "d_y"])
+def test_nan_goes_where_it_belongs(family: str, element: str, place: str) -> None:
+    """One NaN reaches exactly the results that depend on it, and no wait is endless."""
+    draw = random.Random(place + family + element)
+    # In the reference, gradients of steps that a length cuts off are 0 * NaN if the states are NaN: so not with these.
+    ragged = {"batch_sizes": (10, 8, 5, 2)} if place[0] in "hcw" else {"lengths": (4, 2, 0, 4, 1, 3, 4, 4, 3, 2)}
+    sequences = [{}, ragged, {"resets": 0.3}]
+    for directions, more in itertools.product([1, 2], sequences):
+        case = Case(family, element, T=4, B=10, I=2, H=20, D=directions, seed=draw.randrange(2**32), **more)
+        sizes = {"x": 50, "h_0": 200, "c_0": 200, "w_hh": 1600, "d_y": 500 * directions}
+        check(replace(case, nan_at=(place, draw.randrange(sizes[place]))))
+
+
+@pytest.mark.parametrize("element", MULTIPLIED)
+@pytest.mark.parametrize("family", FUSED)
+def test_initial_states_of_any_size(family: str, element: str) -> None:
+    """Of what CTAs exchange, only h_0 can be larger than 1, and its bits are those that say to which step it belongs.
+
+    The weights are small, so that not every gate is saturated.
+    """
+    for scale, directions in itertools.product([2, 100, 1e4], [1, 2]):
+        for lengths in (None, (5, 0, 3)):
+            case = Case(family, element, T=5, B=3, I=2, H=20, D=directions, lengths=lengths, h_0_scale=scale)
+            check(replace(case, weight_scale=1 / scale))
+
+
+# ---------------------------------------------------------------------------------------------------- every kernel
+
+
+def variants(name: str) -> list[tuple[str, int, int, int]]:
+    """Of the lists of compiled kernels in layout.h: element, octets, blocks, and the blocks of the next smaller one."""
+    text = (emulated.ROOT / "csrc/cuda/layout.h").read_text()
+    lists = re.findall(rf"{name}(<2>)?\[\d+\] = \{{(.*?)\}};", text, re.DOTALL)
+    assert len(lists) == 2, f"layout.h has no two lists of {name}"
+    found = []
+    for parts, entries in lists:
+        pairs = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+), (\d+)\}", entries)]
+        assert pairs
+        for octets, blocks in pairs:
+            before = max((b for o, b in pairs if o == octets and b < blocks), default=0)
+            found.append(("fp32" if parts else "bf16", octets, blocks, before))
+    return found
+
+
+def units_of_blocks(element: str, blocks: int, backward: bool) -> int:
+    """Hidden units in blocks of K."""
+    return blocks * (8 if backward else 32) // (2 if element in ("tf32", "fp32") else 1)
+
+
+@pytest.mark.parametrize(("element", "octets", "blocks", "before"), variants("kForwardVariants"))
+def test_persistent_forward_variant(element: str, octets: int, blocks: int, before: int) -> None:
+    H = units_of_blocks(element, 8 * before, backward=False) + 11
+    case = Case("persistent", element, T=2, B=3 if blocks > 4 else 9, I=1, H=max(H, 43), forward_shape=(octets, 0, 0))
+    check(case, backward=False)
+
+
+@pytest.mark.parametrize(("element", "octets", "blocks", "before"), variants("kBackwardVariants"))
+def test_persistent_backward_variant(element: str, octets: int, blocks: int, before: int) -> None:
+    H = units_of_blocks(element, 8 * before, backward=True) + 11
+    case = Case("persistent", element, T=2, B=3 if blocks > 16 else 9, I=1, H=max(H, 43), backward_shape=(octets, 0, 0))
+    check(case, forward_family="stepwise")
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_resident_variants(backward: bool) -> None:
+    for kind, octets, blocks, before in variants(f"kResident{'Backward' if backward else 'Forward'}Variants"):
+        sizes = set()
+        for element in [kind] if kind == "fp32" else [kind, "tf32"]:
+            least = units_of_blocks(element, before, backward) + 3
+            most = min(units_of_blocks(element, blocks, backward), 64 * octets)
+            sizes |= {(element, least), (element, most)} if least <= most else set()
+        assert sizes, f"nothing needs {blocks} blocks of {octets} octets"
+        for element, H in sorted(sizes):
+            case = Case("resident", element, T=3, B=9, I=1, H=H)
+            if backward:
+                check(replace(case, backward_shape=(octets, 0, 0)), forward_family="stepwise")
+            else:
+                check(replace(case, forward_shape=(octets, 0, 0)), backward=False)
+
+
+# ---------------------------------------------------------------------------------------------------- equal bits
+
+
+@pytest.mark.parametrize("element", MULTIPLIED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_schedule_gives_the_same_bits(family: str, element: str) -> None:
+    case = Case(family, element, T=4, B=11, I=3, H=27, D=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4, 4, 2), resets=0.2)
+    inputs = make_inputs(case)
+    first = computed(case, inputs)
+    for seed in range(1, 10):
+        assert equal(computed(replace(case, seed=seed), inputs), first), f"seed {seed}"
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_memory_as_earlier_launches_left_it(family: str) -> None:
+    """An exchange buffer that still holds another call's last steps must not be taken for this call's first."""
+    for T, seed in itertools.product([1, 2, 3, 4], range(2)):
+        case = Case(family, "bf16", T=T, B=9, I=2, H=40, seed=seed)
+        inputs = make_inputs(case)
+        clean = computed(case, inputs)
+        for steps in (T, 4):  # the same call; and one that leaves other tags behind
+            before = replace(case, T=steps, data_seed=1)
+            computed(before, make_inputs(before))
+            assert equal(computed(replace(case, poison=False), inputs), clean), f"T {T}, seed {seed}, after {steps}"
+
+
+@pytest.mark.parametrize("element", MULTIPLIED)
+@pytest.mark.parametrize("family", FUSED)
+def test_rows_do_not_depend_on_their_batch(family: str, element: str) -> None:
+    # One feature: gates_x is then exact, whatever order torch's products add in.
+    case = Case(family, element, T=3, B=19, I=1, H=24)
+    inputs = make_inputs(case)
+    whole = computed(case, inputs)
+    for rows in (slice(0, 1), slice(0, 8), slice(3, 16), slice(18, 19)):
+        few = replace(inputs)
+        few.x, few.h_0, few.c_0 = inputs.x[:, rows], inputs.h_0[:, rows], inputs.c_0[:, rows]
+        few.gradients = [g[:, rows] for g in inputs.gradients if g is not None]
+        part = computed(replace(case, B=few.x.size(1)), few)
+        names = ["y", "h_n", "c_n", "d_h_0", "d_c_0"]
+        assert equal({n: part[n] for n in names}, {n: whole[n][:, rows].contiguous() for n in names}), f"{rows}"
+
+
+def test_waves() -> None:
+    """A batch that needs several launches on a small device, and two directions that cannot run at once."""
+    shape = (2, 1, 0)
+    for directions in (1, 2):
+        case = Case("persistent", "bf16", T=3, B=20, I=2, H=40, D=directions, resets=0.2)
+        case = replace(case, forward_shape=shape, backward_shape=shape)
+        inputs = make_inputs(case)
+        at_once = computed(case, inputs)
+        assert emulated.launches() == 2 + case.resets_launches
+        in_turn = computed(replace(case, device=(3, DEVICES[0][1])), inputs)
+        assert emulated.launches() == 2 * 3 * directions + case.resets_launches
+        assert equal(in_turn, at_once)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_computes_what_training_does(family: str) -> None:
+    for element in MULTIPLIED:
+        case = Case(family, element, T=4, B=9, I=3, H=20, L=2, D=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4))
+        inputs = make_inputs(case)
+        training = computed(case, inputs, backward=False)
+        emulated.seed(7)
+        with emulated.force(family):
+            *outputs, saved = emulated.lstm(
+                *(inputs.x, inputs.weights, inputs.h_0, inputs.c_0), **inputs.options, save=False
+            )
+        assert saved == []
+        assert equal(dict(zip(training, outputs, strict=True)), training)
+
+
+# ---------------------------------------------------------------------------------------------------- the driver
+
+
+def test_memory_of_operators_is_nan() -> None:
+    """What the other tests rely on to see that everything is written: rows that belong to no step stay NaN."""
+    inputs = make_inputs(Case("persistent", "bf16", T=3, B=2, I=2, H=16, lengths=(3, 1)))
+    emulated.poison(True)
+    with emulated.force("persistent"):
+        *_, saved = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+    gates = saved[0].view(3, 2, 64)
+    assert gates[1:, 1].isnan().all()
+    assert not gates[:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_step(family: str) -> None:
+    case = Case(family, "bf16", T=1, B=9, I=3, H=20)
+    inputs = make_inputs(case)
+    whole = computed(case, inputs)
+    step = replace(inputs, x=inputs.x[0], h_0=inputs.h_0[0], c_0=inputs.c_0[0])
+    step.gradients = [g[0] for g in inputs.gradients if g is not None]
+    results = computed(case, step)
+    assert results["y"].shape == (9, 20)
+    for name in ("y", "h_n", "c_n", "d_x", "d_h_0", "d_c_0"):
+        whole[name] = whole[name][0]
+    assert equal(results, whole)
+
+
+def test_empty_batch() -> None:
+    case = Case("stepwise", "bf16", T=3, B=0, I=2, H=5, L=2, D=2)
+    inputs = make_inputs(case)
+    results = computed(replace(case, family=""), inputs)
+    assert emulated.launches() == 0
+    for name, result in results.items():
+        wanted = {"y": inputs.gradients[0], "h_n": inputs.h_0, "c_n": inputs.c_0, "d_x": inputs.x}
+        wanted |= {"d_h_0": inputs.h_0, "d_c_0": inputs.c_0}
+        wanted |= {f"d_weights[{i}]": w for i, w in enumerate(inputs.weights)}
+        assert result.shape == wanted[name].shape, name
+        assert result.count_nonzero() == 0, name
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("persistent", "fp64", T=2, B=2, I=2, H=16), "float64"),
+        (Case("resident", "fp64", T=2, B=2, I=2, H=16), "float64"),
+        (Case("persistent", "bf16", T=2, B=2, I=2, H=16, P=4), "proj_size"),
+        (Case("resident", "bf16", T=2, B=2, I=2, H=140), "hidden_size 140"),
+        (Case("persistent", "bf16", T=2, B=2, I=2, H=80, device=(2, DEVICES[0][1])), "2 SMs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.family,
+)
+def test_forced_family_that_cannot_run(case: Case, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{case.family}' .*{reason}"):
+        computed(case, make_inputs(case))
