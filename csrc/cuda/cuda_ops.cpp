@@ -281,7 +281,7 @@ BackwardDirection direction_of(const Stack& s, const LayerBackward& layer, int64
   const int64_t state = layer.index * s.p.directions + direction;
   const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
   return {
-      s.weights(layer.index, direction).w_hh.data_ptr(),
+      w_hh.data_ptr(),
       part(layer.gates),
       part(layer.cells),
       part(s.c_0),
