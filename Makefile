@@ -66,6 +66,10 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 	rm -f $(VENV)/torch*.installed
 	touch $@
 
-$(VENV)/installed $(VENV)/installed-dev: $(TORCH_STAMP) $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[$(if $(findstring dev,$@),dev,test)]"
+$(VENV)/installed: $(TORCH_STAMP) $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --group dev
 	touch $@
