@@ -20,7 +20,7 @@ from torch import Tensor
 from fastlstm import _ops
 from fastlstm.bench import plot, record, runner, timing
 from fastlstm.bench.record import Comparison, Row
-from fastlstm.bench.shapes import SHAPES, Shape, select
+from fastlstm.bench.shapes import GPU_SHAPES, SHAPES, Shape, select
 from fastlstm.bench.timing import Timing
 from fastlstm.bench.workload import CONTENDERS, PASSES, Workload
 from fastlstm.verify import check
@@ -56,8 +56,9 @@ def write_document(path: Path, comparisons: list[Comparison]) -> Path:
 
 
 def test_shape_names_are_unique_and_told_what_they_stand_for() -> None:
-    assert len({shape.name for shape in SHAPES}) == len(SHAPES)
-    assert all(shape.stands_for for shape in SHAPES)
+    everything = (*SHAPES, *GPU_SHAPES)
+    assert len({shape.name for shape in everything}) == len(everything)
+    assert all(shape.stands_for for shape in everything)
 
 
 def test_names_follow_from_the_fields() -> None:
@@ -73,6 +74,14 @@ def test_groups_partition_all_shapes() -> None:
     parts = ("dense", "streaming", "packed", "proj", "stacked", "cell", "lowprec")
     assert sorted(s.name for part in parts for s in select(part)) == sorted(s.name for s in SHAPES)
     assert {shape.name for shape in SHAPES} - {s.name for s in core} == {s.name for s in select("lowprec")}
+
+
+def test_the_shapes_of_gpus_are_a_group_apart() -> None:
+    assert select("gpu") == list(GPU_SHAPES)
+    assert {s.dtype for s in GPU_SHAPES} == {"bfloat16", "float16", "float32"}
+    assert {(512, B, H) for H in (128, 256, 512, 768, 1024, 2048) for B in (1, 16, 64, 128, 256)} <= {
+        (s.T, s.B, s.H) for s in GPU_SHAPES if s.dtype == "bfloat16"
+    }
 
 
 def test_select_takes_names_in_any_case_once_and_in_order() -> None:
@@ -161,6 +170,18 @@ def test_the_device_is_awaited_around_each_sample(monkeypatch: pytest.MonkeyPatc
     assert clock.calls == ["sync", "a", "sync"] * 3
 
 
+def test_a_device_may_have_a_clock_of_its_own() -> None:
+    calls = []
+
+    def seconds_of(run: Callable[[], None]) -> float:
+        run()
+        return 3.0
+
+    result = timing.measure({"a": lambda: calls.append("a")}, budget_s=0.0, min_samples=2, seconds_of=seconds_of)["a"]
+    assert result.median_s == 3.0
+    assert calls
+
+
 def test_a_failing_call_leaves_the_collector_on() -> None:
     def fail() -> None:
         raise RuntimeError("broken")
@@ -229,6 +250,16 @@ def test_precision_switch_is_restored() -> None:
     assert rnn.fp32_precision == before
 
 
+def test_a_shape_can_forbid_tf32() -> None:
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.rnn.fp32_precision
+    shape = replace(TINY, ieee=True)
+    assert shape.name.endswith("-ieee")
+    with Workload(shape).precision():
+        assert cudnn.rnn.fp32_precision == "ieee"
+    assert cudnn.rnn.fp32_precision == before
+
+
 # Running and recording
 
 
@@ -275,6 +306,10 @@ def test_run_measures_for_real() -> None:
         assert row.error is None
         assert row.median_s is not None and row.median_s > 0
         assert row.samples >= 5
+
+
+def test_no_shape_is_begun_after_the_time_limit() -> None:
+    assert list(runner.run([TINY], budget_s=0.01, time_limit_s=0)) == []
 
 
 @pytest.mark.usefixtures("quick_measure")
