@@ -23,7 +23,7 @@ import fastlstm  # noqa: F401  # registers the operators whose schemas the emula
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DFASTLSTM_EMULATE_CUDA"),
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror=unused-parameter"),
 ]
 ELEMENTS = ["bf16", "fp16", "tf32", "fp32", "fp64"]  # in the order of plan.h
 
