@@ -1,7 +1,7 @@
 // The operators on CUDA: tensors in, checks, layer after layer the products over all steps and the recurrence as
 // planned, tensors out.
 //
-// Products over all steps (x W_ih^T and the gradients of x and of the weights) are torch's, that is cuBLAS's; the
+// Products over all steps (x W_ih^T and the gradients of x and of the weights) are cuBLAS's (products.cpp); the
 // recurrence is ours. Everything happens on the current stream of x's device, nothing waits for it, and all memory is
 // torch's: a call can be captured in a CUDA graph, unless it has batch_sizes or lengths on the CPU, which are copied.
 //
@@ -74,12 +74,12 @@ class Stack {
         while (a.offsets[t] - a.offsets[t - 1] <= b) --t;
         table.push_back(t);
       }
-      lengths_ = on_device(table);
-      sequences.offsets = data<int64_t>(lengths_);
+      packing_ = on_device(table);
+      sequences.offsets = data<int64_t>(packing_);
       sequences.lengths = sequences.offsets + p.T + 1;
     } else if (call.lengths) {
-      lengths_ = call.lengths->contiguous().to(call.x.device());
-      sequences.lengths = data<int64_t>(lengths_);
+      lengths = call.lengths->contiguous().to(call.x.device());
+      sequences.lengths = data<int64_t>(lengths);
     }
     if (call.reset_mask) {
       reset_mask_ = call.reset_mask->contiguous();
@@ -140,6 +140,7 @@ class Stack {
   const at::TensorOptions options;
   const Tensor x, h_0, c_0;  // [N, I]; [L*D, B, P]; [L*D, B, H]
   Tensor dropout_mask;       // [L-1, N, D*P], or undefined
+  Tensor lengths;            // [B] on the device, of padded sequences; or undefined
   Sequences sequences = {};
 
  private:
@@ -150,7 +151,7 @@ class Stack {
   }
 
   std::vector<Weights> weights_;
-  Tensor lengths_, reset_mask_;
+  Tensor packing_, reset_mask_;
 };
 
 // Of a pass, the launches that compute `directions` directions of a layer and a part of the batch each.
@@ -236,18 +237,20 @@ void fused_forward(const Stack& s, const LayerForward& layer, const PassPlan& pl
   params.team = plan.team;
   params.groups = plan.groups;
   const int blocks_of_k = forward_blocks(params.hidden, storage_bytes(s.element));
+  Tensor w_hh[kMaxDirections], h_0[kMaxDirections];
+  params.aligned = true;
+  for (int64_t d = 0; d < s.p.directions; ++d) {
+    w_hh[d] = s.factor_rows(s.weights(layer.index, d).w_hh);
+    h_0[d] = s.factor_rows(s.h_0[layer.index * s.p.directions + d]);
+    params.aligned = params.aligned && s.aligned({&gates_x[d]});
+  }
   for_each_launch(s, plan, [&](int direction, int directions, int first_column) {
     params.directions = directions;
     params.reverse = direction == 1;
     params.first_column = first_column;
-    params.aligned = true;
-    Tensor w_hh[kMaxDirections], h_0[kMaxDirections];
     for (int i = 0; i < directions; ++i) {
-      const int64_t d = direction + i;
-      w_hh[i] = s.factor_rows(s.weights(layer.index, d).w_hh);
-      h_0[i] = s.factor_rows(s.h_0[layer.index * s.p.directions + d]);
-      params.direction[i] = direction_of(s, layer, d, gates_x[d], w_hh[i], h_0[i]);
-      params.aligned = params.aligned && s.aligned({&gates_x[d]});
+      const int d = direction + i;
+      params.direction[i] = direction_of(s, layer, d, gates_x[d], w_hh[d], h_0[d]);
     }
     if (plan.family == Family::kResident) {
       check(launch_resident_forward(s.element, params, s.stream), "a forward pass");
@@ -343,14 +346,15 @@ void fused_backward(const Stack& s, const LayerBackward& layer, const PassPlan& 
   params.groups = plan.groups;
   params.aligned = s.aligned({&layer.gates, &layer.cells, &layer.d_y});
   const int blocks_of_k = backward_blocks(params.hidden, storage_bytes(s.element));
+  Tensor w_hh[kMaxDirections];
+  for (int64_t d = 0; d < s.p.directions; ++d) w_hh[d] = s.factor_rows(s.weights(layer.index, d).w_hh);
   for_each_launch(s, plan, [&](int direction, int directions, int first_column) {
     params.directions = directions;
     params.reverse = direction == 1;
     params.first_column = first_column;
-    Tensor w_hh[kMaxDirections];
     for (int i = 0; i < directions; ++i) {
-      w_hh[i] = s.factor_rows(s.weights(layer.index, direction + i).w_hh);
-      params.direction[i] = direction_of(s, layer, direction + i, d_gates[direction + i], w_hh[i]);
+      const int d = direction + i;
+      params.direction[i] = direction_of(s, layer, d, d_gates[d], w_hh[d]);
     }
     if (plan.family == Family::kResident) {
       check(launch_resident_backward(s.element, params, s.stream), "a backward pass");
@@ -386,7 +390,8 @@ Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t dire
 }
 
 // x without the rows that belong to no step: what they hold must not reach a gradient, NaN included.
-Tensor without_padding(const Stack& s, const Tensor& input, const Tensor& lengths) {
+Tensor without_padding(const Stack& s, const Tensor& input) {
+  const Tensor& lengths = s.lengths;
   const Tensor steps = at::arange(s.p.T, lengths.options()).unsqueeze(1);
   const Tensor behind_end = steps.ge(lengths.unsqueeze(0)).reshape({s.p.N, 1});
   return input.masked_fill(behind_end, 0);
@@ -494,7 +499,7 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
       if (needed(0)) {
         if (!input.defined()) {
           input = input_of_layer(s, l, l == 0 ? Tensor() : saved[2][l - 1]);
-          if (s.padded() && l == 0) input = without_padding(s, input, lengths->to(x.device()));
+          if (s.padded() && l == 0) input = without_padding(s, input);
         }
         d_weights[first] = s.product(d_gates[d].t(), input);
       }

@@ -4,7 +4,7 @@
 // that come afterwards.
 //
 // CTA `slice` of a team owns `octets` * 8 hidden units, of which an MMA tile of 16 rows holds two octets. K runs over
-// the gates of all units: a block is 8 units for elements of 16 bits and 4 for TF32.
+// the gates of all units: a block is 8 units for elements of 16 bits and 4 for those of 32.
 #include "backward_tile.cuh"
 #include "dispatch.cuh"
 #include "exchange.cuh"

@@ -93,7 +93,7 @@ __device__ __forceinline__ uint4 forward_weights(const void* w_hh, int hidden, i
 }
 
 // Backward: of W_hh^T, the row of hidden unit `first` + g in a block of K, which runs over the gates of all units: 8
-// units for elements of 16 bits, 4 for TF32.
+// units for elements of 16 bits, 4 for those of 32.
 template <class E>
 __device__ __forceinline__ uint4 transposed_weights(const void* w_hh, int hidden, int stride, int first, int block,
                                                     int lane) {

@@ -750,7 +750,9 @@ MUTATIONS = [
     Mutation(
         "the second direction alone goes forward",
         "cuda/cuda_ops.cpp",
-        "params.reverse = «direction == 1»;\n    params.first_column = first_column;\n    params.aligned = true;",
+        "s.aligned({&gates_x[d]});\n  }\n"
+        "  for_each_launch(s, plan, [&](int direction, int directions, int first_column) {\n"
+        "    params.directions = directions;\n    params.reverse = «direction == 1»;",
         "false",
         "the second direction runs backwards in time",
         (SMALL_DEVICE,),
@@ -962,7 +964,7 @@ MUTATIONS = [
     Mutation(
         "padding reaches the gradient of W_ih",
         "cuda/cuda_ops.cpp",
-        "«if (s.padded() && l == 0) input = without_padding(s, input, lengths->to(x.device()));»",
+        "«if (s.padded() && l == 0) input = without_padding(s, input);»",
         "",
         "0 * NaN",
         (replace(ragged(STEPWISE), nan_at=("x", 2)),),
