@@ -90,6 +90,8 @@ py::dict cuda_pass_to_dict(const cuda::PassPlan& pass, const Problem& problem) {
   d["ctas"] = pass.ctas;
   d["shared_bytes"] = pass.shared_bytes;
   d["waves"] = pass.waves;
+  d["layers"] = pass.layers;
+  d["run_steps"] = pass.run_steps;
   d["microseconds"] = pass.microseconds;
   d["text"] = cuda::describe(pass, problem);
   return d;
@@ -113,7 +115,8 @@ using Name = std::optional<std::string>;
 
 // A family of either device, or of both; each obeys if it has one of this name.
 void set_forced(const Name& plan, const Name& isa, const Name& split, std::optional<bool> bulk_input,
-                const Name& products, std::optional<int> octets, std::optional<int> tiles, std::optional<int> groups) {
+                const Name& products, std::optional<int> octets, std::optional<int> tiles, std::optional<int> groups,
+                std::optional<int> layers, std::optional<int> run_steps) {
   cpu::Forced forced;
   cuda::Constraints cuda_forced;
   const auto find = [&](auto& family, const auto& known, const auto& name_of) {
@@ -131,9 +134,16 @@ void set_forced(const Name& plan, const Name& isa, const Name& split, std::optio
   if (split) forced.plan.split = parse_name("split", *split, splits(), split_name);
   forced.plan.bulk_input = bulk_input;
   if (products) forced.plan.products = parse_name("products", *products, all_products(), products_name);
-  cuda_forced.octets = octets;
-  cuda_forced.tiles = tiles;
-  cuda_forced.groups = groups;
+  const auto positive = [](const char* name, std::optional<int> value) {
+    if (value && *value < 1)
+      throw std::invalid_argument(std::string(name) + " must be at least 1, got " + std::to_string(*value));
+    return value;
+  };
+  cuda_forced.octets = positive("octets", octets);
+  cuda_forced.tiles = positive("tiles", tiles);
+  cuda_forced.groups = positive("groups", groups);
+  cuda_forced.layers = positive("layers", layers);
+  cuda_forced.run_steps = positive("run_steps", run_steps);
   cpu::set_forced(forced);
   cuda::set_forced(cuda_forced);
 }
@@ -187,7 +197,7 @@ py::tuple get_forced() {
   if (forced.plan.split) split = split_name(*forced.plan.split);
   if (forced.plan.products) products = products_name(*forced.plan.products);
   return py::make_tuple(plan, isa, split, forced.plan.bulk_input, products, cuda_forced.octets, cuda_forced.tiles,
-                        cuda_forced.groups);
+                        cuda_forced.groups, cuda_forced.layers, cuda_forced.run_steps);
 }
 
 PyMethodDef methods[] = {
@@ -206,7 +216,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bf16_allowed"), py::arg("threads"), py::arg("vector_bytes") = py::none(), py::arg("bf16") = py::none(),
         py::arg("l2_bytes") = py::none());
   m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"),
-        py::arg("products"), py::arg("octets"), py::arg("tiles"), py::arg("groups"));
+        py::arg("products"), py::arg("octets"), py::arg("tiles"), py::arg("groups"), py::arg("layers"),
+        py::arg("run_steps"));
   m.def("get_forced", &get_forced);
   m.def("cuda_device", &cuda_device, py::arg("index"));
   m.def("cuda_plan_for", &cuda_plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),

@@ -57,7 +57,7 @@ class CudaPlan:
 
     ``forward`` and ``backward`` name kernel families (``backward`` is None without training); ``forward_layout`` and
     ``backward_layout`` say how they lie on the GPU. The microseconds are the planner's estimates for one time step of
-    one layer, all directions: derived from published latencies, not measured.
+    one layer on average, all directions: derived from published latencies, not measured.
     """
 
     forward: str
@@ -230,11 +230,13 @@ def force(
     octets: int | None = None,
     tiles: int | None = None,
     groups: int | None = None,
+    layers: int | None = None,
+    run_steps: int | None = None,
 ) -> Iterator[None]:
     """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
 
-    ``isa``, ``split``, ``bulk_input`` and ``products`` are about the CPU; ``octets``, ``tiles`` and ``groups`` about
-    CUDA's families that keep weights in CTAs.
+    ``isa``, ``split``, ``bulk_input`` and ``products`` are about the CPU; the others about CUDA's
+    families that keep weights in CTAs.
 
     Args:
         plan: a family of :func:`plans`, or None for the planner's choice. Where a device has no family of this name, it
@@ -247,14 +249,16 @@ def force(
             they are slow), or None: then they are used where they are allowed and fast.
         octets: groups of 8 hidden units that a CTA (``"resident"``: a warp) owns, or None.
         tiles: groups of 8 rows of the batch that a team of CTAs runs at the same time, or None.
-        groups: the most teams for a direction, or None.
+        groups: the most teams for a direction or layer, or None.
+        layers: how many layers run at the same time, each some steps behind the one that it reads, or None.
+        run_steps: so many, rounded up to a multiple of 4: a launch computes this number of steps; or None.
 
     Raises:
-        ValueError: the name is unknown, or this CPU lacks the instruction set. A forced plan that cannot run a
+        ValueError: the name is unknown, this CPU lacks the instruction set, or a number is not positive. A forced plan that cannot run a
             problem raises when the problem comes.
     """
     before = _C.get_forced()
-    _C.set_forced(plan, isa, split, bulk_input, products, octets, tiles, groups)
+    _C.set_forced(plan, isa, split, bulk_input, products, octets, tiles, groups, layers, run_steps)
     try:
         yield
     finally:

@@ -195,6 +195,35 @@ def test_waves() -> None:
         assert equal(in_turn, at_once)
 
 
+@pytest.mark.parametrize("element", MULTIPLIED)
+@pytest.mark.parametrize("family", FUSED)
+def test_a_pass_in_several_runs(family: str, element: str) -> None:
+    """States go from launch to launch in full precision: nothing depends on where a pass is cut."""
+    # One feature: gates_x is then exact, whatever order torch's products add in.
+    for directions, more in itertools.product(
+        [1, 2], [{}, {"resets": 0.2, "lengths": (13, 0, 4, 5, 8, 12, 20, 13, 1)}]
+    ):
+        case = Case(family, element, T=13, B=9, I=1, H=20, D=directions, h_0_scale=5, **more)
+        inputs = make_inputs(case)
+        whole = computed(case, inputs)
+        assert emulated.launches() == 2 + case.resets_launches
+        for steps, launches in ((3, 4), (4, 4), (8, 2), (12, 2), (13, 1)):
+            cut = replace(case, forward_shape=(0, 0, 0, 0, steps), backward_shape=(0, 0, 0, 0, steps), seed=steps)
+            assert equal(computed(cut, inputs), whole), f"{steps} steps, {directions} directions, {more}"
+            assert emulated.launches() == 2 * launches + case.resets_launches
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_layers_at_the_same_time(family: str) -> None:
+    """A group of layers takes as many launches as the passes of one layer, and one more for each layer but the first."""
+    for layers, at_once, launches in ((2, 2, 5), (3, 2, 9), (4, 4, 7), (5, 4, 11)):
+        shape = (0, 0, 0, at_once, 4)
+        case = Case(family, "bf16", T=14, B=9, I=2, H=20, L=layers, forward_shape=shape, backward_shape=shape)
+        check(replace(case, resets=0.1, dropout=True))
+        check(case)
+        assert emulated.launches() == 2 * launches
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inference_computes_what_training_does(family: str) -> None:
     for element in MULTIPLIED:
@@ -219,9 +248,9 @@ def test_memory_of_operators_is_nan() -> None:
     emulated.poison(True)
     with emulated.force("persistent"):
         *_, saved = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
-    gates = saved[0].view(3, 2, 64)
-    assert gates[1:, 1].isnan().all()
-    assert not gates[:, 0].isnan().any()
+    cells = saved[1].view(3, 2, 16)
+    assert cells[1:, 1].isnan().all()
+    assert not cells[:, 0].isnan().any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

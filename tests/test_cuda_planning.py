@@ -72,6 +72,41 @@ def test_a_larger_problem_is_not_predicted_to_be_quicker(element):
         assert all(a <= b for a, b in pairwise(times)), times
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_layers_that_run_at_the_same_time_fit_the_gpu_and_pay(gpu, element):
+    for hidden, batch, layers, steps in product((64, 200, 512, 1024), (1, 16, 300), (1, 2, 3, 8), (1, 7, 512)):
+        sizes = {"H": hidden, "B": batch, "layers": layers, "T": steps}
+        together = passes(gpu, element, **sizes)
+        with fastlstm.force(layers=1):
+            in_turn = passes(gpu, element, **sizes)
+        for name in ("forward", "backward"):
+            pass_ = together[name]
+            assert pass_["microseconds"] <= in_turn[name]["microseconds"]
+            assert in_turn[name]["layers"] == 1
+            if pass_["layers"] == 1:
+                assert pass_["family"] == "stepwise" or pass_["run_steps"] == steps
+                continue
+            assert pass_["layers"] <= layers and pass_["waves"] == 1
+            assert pass_["ctas"] <= GPUS[gpu].sms
+            assert pass_["run_steps"] % 4 == 0 and pass_["run_steps"] < steps
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers"),
+    [
+        ({"H": 512, "B": 16, "layers": 2}, 2),
+        ({"H": 512, "B": 16, "layers": 4}, 4),
+        ({"H": 128, "B": 64, "layers": 3}, 3),
+        ({"H": 512, "B": 16, "layers": 2, "directions": 2}, 1),  # each direction needs all steps of the layer below
+        ({"H": 1024, "B": 64, "layers": 2}, 1),  # one layer takes all SMs
+        ({"H": 512, "B": 16, "layers": 2, "T": 8}, 1),
+    ],
+)
+def test_layers_at_the_same_time_on_an_h200(sizes, layers):
+    assert passes("H200", "bfloat16", **({"T": 512} | sizes))["forward"]["layers"] == layers
+
+
 def test_plan_of_a_gpu_in_words():
     plan = fastlstm.plan(T=512, B=16, I=1024, H=1024, dtype=torch.bfloat16, training=True, device="H200")
     assert isinstance(plan, CudaPlan)
@@ -103,6 +138,11 @@ def test_forced_families_and_shapes():
         assert plan().forward_layout == "persistent (2 teams of 4 CTAs, 32 rows each)"
     with fastlstm.force(plan="persistent", octets=2, tiles=4, groups=1):
         assert plan().forward_layout == "persistent (1 team of 4 CTAs, 32 rows each, 2 times)"
+    with fastlstm.force(plan="persistent", octets=2, tiles=1, layers=2, run_steps=3):
+        words = "persistent (10 teams of 4 CTAs, 8 rows each, 2 layers at a time, 4 steps apart)"
+        assert plan(L=2).forward_layout == words
+    with fastlstm.force(plan="resident", run_steps=8):
+        assert plan().forward_layout == "resident (5 CTAs, 8 rows each, 8 steps per launch)"
     with fastlstm.force(plan="packed"):  # a family of the CPU
         assert plan().forward == "resident"
     with fastlstm.force(plan="persistent"):
@@ -124,6 +164,21 @@ def test_a_forced_family_that_cannot_run_says_why(family, sizes, dtype, message)
         pytest.raises(ValueError, match=f"the forced plan cannot run this problem: {message}"),
     ):
         fastlstm.plan(T=9, B=4, I=8, dtype=dtype, device="H200", **sizes)
+
+
+def test_forced_layers_that_do_not_fit():
+    for sizes in ({"L": 1}, {"L": 2, "D": 2}, {"L": 2, "B": 4000}):
+        with (
+            fastlstm.force(plan="persistent", layers=2),
+            pytest.raises(ValueError, match="no shape with the forced layers = 2 for hidden_size 64 and num_layers"),
+        ):
+            fastlstm.plan(T=9, I=8, H=64, dtype=torch.bfloat16, device="H200", **({"B": 4} | sizes))
+
+
+@pytest.mark.parametrize("name", ["octets", "tiles", "groups", "layers", "run_steps"])
+def test_forced_numbers_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"), fastlstm.force(**{name: 0}):
+        pass
 
 
 def test_devices_that_are_refused():

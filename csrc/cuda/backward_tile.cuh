@@ -6,44 +6,42 @@
 #include "../cell.h"
 #include "elements.cuh"
 #include "layout.h"
-#include "sequences.cuh"
+#include "tile.cuh"
 #include "tile_copy.cuh"
 
 namespace fastlstm::cuda {
 
 template <class E, int Octets>
-class BackwardTile {
+class BackwardTile : Tile<BackwardRun, Octets> {
+  using Base = Tile<BackwardRun, Octets>;
+  using Base::column, Base::d_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
+      Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
+
  public:
   using Storage = typename E::Storage;
   using Gates = float[Octets][2][kGates];  // of the unit and the two columns of a thread
   using Products = float[Octets][2];
 
   // `memory`: Octets * backward_tile_bytes of shared memory for this warp, aligned to 16.
-  __device__ __forceinline__ BackwardTile(const BackwardParams& params, const BackwardDirection& direction, Order order,
-                                          int first_unit, int first_column, int lane, unsigned char* memory)
-      : p_(params),
-        d_(direction),
-        order_(order),
-        lane_(lane),
-        first_unit_(first_unit),
-        first_column_(first_column),
-        memory_(memory) {
-    if (first_unit_ >= p_.hidden) return;  // a warp without cells has no memory either
+  __device__ __forceinline__ BackwardTile(const BackwardParams& params, const BackwardRun& run, int first_unit,
+                                          int first_column, int lane, unsigned char* memory)
+      : Base(params, run, first_unit, first_column, lane, memory) {
+    if (!has_cells()) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       length_[e] = length_of(p_.sequences, column(e));
       restarted_[e] = active_[e] = false;
 #pragma unroll
       for (int o = 0; o < Octets; ++o) {
-        d_h_[o][e] = state(d_.d_h_n, o, e);
-        d_c_[o][e] = state(d_.d_c_n, o, e);
+        d_h_[o][e] = d_.begin > 0 ? carried(d_.carried_d_h, o, e) : state(d_.d_h_n, o, e);
+        d_c_[o][e] = d_.begin > 0 ? carried(d_.carried_d_c, o, e) : state(d_.d_c_n, o, e);
       }
     }
     copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
-    for (int n = 0; n < kBackwardStages - 1; ++n) copy_inputs(n);
+    for (int n = d_.begin; n < d_.begin + kBackwardStages - 1; ++n) copy_inputs(n);
   }
 
-  // Waits for the inputs of the n-th step. In order, n = 0, 1, ...
+  // Waits for the inputs of the n-th step. In order, n = begin, begin + 1, ...
   __device__ __forceinline__ void begin(int n) {
     copy_async_wait<kBackwardStages - 3>();  // and the next step's: its c_t is the c_{t-1} of this one
     warp_barrier();
@@ -107,7 +105,7 @@ class BackwardTile {
     copy_inputs(n + kBackwardStages - 1);
   }
 
-  // After the last step, and after carry() of its product where d_h_0 is needed.
+  // After the last step, and after carry() of its product where d_h_0 or another run needs it.
   __device__ __forceinline__ void finish() const {
     copy_async_wait<0>();
 #pragma unroll
@@ -115,27 +113,28 @@ class BackwardTile {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (!has_state(o, e)) continue;
-        if (d_.d_h_0 != nullptr) static_cast<Storage*>(d_.d_h_0)[state_index(o, e)] = E::store(d_h_[o][e]);
-        if (d_.d_c_0 != nullptr) static_cast<Storage*>(d_.d_c_0)[state_index(o, e)] = E::store(d_c_[o][e]);
+        const int64_t at = state_index(o, e, p_.hidden);
+        if (d_.end < p_.sequences.steps) {
+          d_.carried_d_h[at] = d_h_[o][e];
+          d_.carried_d_c[at] = d_c_[o][e];
+          continue;
+        }
+        if (d_.d_h_0 != nullptr) static_cast<Storage*>(d_.d_h_0)[at] = E::store(d_h_[o][e]);
+        if (d_.d_c_0 != nullptr) static_cast<Storage*>(d_.d_c_0)[at] = E::store(d_c_[o][e]);
       }
   }
 
  private:
-  __device__ __forceinline__ int unit(int o) const { return first_unit_ + o * kOctet + lane_ / 4; }
-  __device__ __forceinline__ int column(int e) const { return first_column_ + 2 * (lane_ % 4) + e; }
   __device__ __forceinline__ int time(int n) const {
     return order_.time(p_.sequences.steps - 1 - n, p_.sequences.steps);
-  }
-  __device__ __forceinline__ bool has_state(int o, int e) const {
-    return unit(o) < p_.hidden && column(e) < p_.sequences.batch;
-  }
-  __device__ __forceinline__ int64_t state_index(int o, int e) const {
-    return static_cast<int64_t>(column(e)) * p_.hidden + unit(o);
   }
   // This thread's element of a state [B, H], zero where there is none.
   __device__ __forceinline__ float state(const void* states, int o, int e) const {
     if (states == nullptr || !has_state(o, e)) return 0.f;
-    return E::load(static_cast<const Storage*>(states)[state_index(o, e)]);
+    return E::load(static_cast<const Storage*>(states)[state_index(o, e, p_.hidden)]);
+  }
+  __device__ __forceinline__ float carried(const float* states, int o, int e) const {
+    return has_state(o, e) ? states[state_index(o, e, p_.hidden)] : 0.f;
   }
 
   // Of each octet, a ring of stages: gates [4][column][unit], d_y [column][unit]. Behind it, the ring of the cell
@@ -151,31 +150,27 @@ class BackwardTile {
   }
 
   // Each lane copies the 8 units of one column of one gate, and eight lanes each those of d_y and of the cell state.
+  // The cell states go one step further than the run: c_{t-1} of its last step.
   __device__ __forceinline__ void copy_inputs(int n) {
     const int part = lane_ / kColumns, column = lane_ % kColumns;
-    const bool exists = n < p_.sequences.steps && time(n) < copied_length_;
+    const bool exists = n <= d_.end && n < p_.sequences.steps && time(n) < copied_length_;
     const int64_t row = exists ? row_of(p_.sequences, time(n), first_column_ + column) : 0;
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
-      const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0,
-                unit = count > 0 ? first_unit_ + o * kOctet : 0;
+      const int units = exists ? p_.hidden - first_unit_ - o * kOctet : 0, count = n < d_.end ? units : 0,
+                unit = units > 0 ? first_unit_ + o * kOctet : 0;
       copy_octet(stage(o, n) + lane_ * kOctet,
                  static_cast<const Storage*>(d_.gates) + (row * kGates + part) * p_.hidden + unit, count, p_.aligned);
       if (part == 0 && d_.d_y != nullptr)
         copy_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
                    static_cast<const Storage*>(d_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
       if (part == 1)
-        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(d_.cells) + row * p_.hidden + unit, count,
+        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(d_.cells) + row * p_.hidden + unit, units,
                    p_.aligned);
     }
     copy_async_commit();
   }
 
-  const BackwardParams& p_;
-  const BackwardDirection& d_;
-  const Order order_;
-  const int lane_, first_unit_, first_column_;
-  unsigned char* const memory_;
   int length_[2], copied_length_;
   float d_h_[Octets][2], d_c_[Octets][2];
   bool restarts_[2];               // the states before the step were zero

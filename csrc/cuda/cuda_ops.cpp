@@ -17,6 +17,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -38,9 +39,17 @@ Element element_of(ScalarType type, bool reduced_products) {
   }
 }
 
+constexpr int kDirections = 2;  // of a layer, at most
+
 // The parameters of one direction of one layer; an absent one is an undefined tensor.
 struct Weights {
   Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+};
+
+struct RowRange {
+  int64_t first, count;
+
+  Tensor of(const Tensor& t) const { return t.narrow(0, first, count); }
 };
 
 // A call on the device, measured, with all it has in contiguous tensors.
@@ -98,10 +107,12 @@ class Stack {
   int64_t width() const { return p.directions * p.output_size(); }
   // Rows of x, y and what is saved that belong to no step: columns are of different lengths and nothing is packed.
   bool padded() const { return sequences.lengths != nullptr && sequences.offsets == nullptr; }
-  // The first row of step t and how many it has, for products of one step.
-  std::pair<int64_t, int64_t> rows_of_step(int64_t t) const {
-    if (a.offsets.empty()) return {t * p.B, p.B};
-    return {a.offsets[t], a.offsets[t + 1] - a.offsets[t]};
+  // Of the steps begin <= n < end of a pass, the first row and how many there are. A pass goes back in time if it is
+  // one of the two, a backward pass or one of the reverse direction.
+  RowRange rows_of_steps(bool back_in_time, int64_t begin, int64_t end) const {
+    const int64_t first = back_in_time ? p.T - end : begin, last = back_in_time ? p.T - begin : end;
+    if (a.offsets.empty()) return {first * p.B, (last - first) * p.B};
+    return {a.offsets[first], a.offsets[last] - a.offsets[first]};
   }
   // Whether rows of H elements begin at multiples of 16 bytes: kernels then load them in such pieces.
   bool aligned(std::initializer_list<const Tensor*> tensors) const {
@@ -112,12 +123,16 @@ class Stack {
     return all;
   }
   // What the teams of a launch exchange their states through, with all tags as no first step has them.
-  Tensor exchange_buffer(const PassPlan& plan, int directions, int blocks_of_k) const {
-    const auto bytes = static_cast<int64_t>(exchange_bytes(blocks_of_k, plan.team.tiles)) * directions * plan.groups;
+  Tensor exchange_buffer(const PassPlan& plan, int runs, int blocks_of_k) const {
+    const auto bytes = static_cast<int64_t>(exchange_bytes(blocks_of_k, plan.team.tiles)) * runs * plan.groups;
     Tensor buffer = at::empty({bytes}, options.dtype(ScalarType::Byte));
     check(cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream), "clearing an exchange buffer");
     return buffer;
   }
+  // How many runs the steps of a pass are, and room for a state between two of them, in the dtype of x or as a factor.
+  int chunks(const PassPlan& plan) const { return ceil_div(sequences.steps, plan.run_steps); }
+  Tensor carried_state() const { return empty_compute({p.B, p.H}); }
+  Tensor carried_factor() const { return at::zeros({p.B, row_stride()}, options); }
   // Rows of factors as kernels load them: of a multiple of 8 elements, aligned to 16 bytes, zero behind H.
   Tensor factor_rows(const Tensor& t) const {
     if (row_stride() == p.H && aligned({&t})) return t;
@@ -154,57 +169,96 @@ class Stack {
   Tensor packing_, reset_mask_;
 };
 
-// Of a pass, the launches that compute `directions` directions of a layer and a part of the batch each.
-template <class Launch>
-void for_each_launch(const Stack& stack, const PassPlan& plan, const Launch& launch) {
-  const int at_once = plan.both_directions ? 2 : 1;
-  for (int direction = 0; direction < stack.p.directions; direction += at_once)
-    for (int wave = 0; wave < plan.waves; ++wave)
-      launch(direction, at_once, wave * plan.groups * plan.team.tiles * kColumns);
+// Launches runs of a family that keeps weights in CTAs: at the same time, unless the plan says that both directions do
+// not fit; as many columns of the batch at a time as do.
+template <class Run, class Launch>
+void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& runs, bool aligned, int blocks_of_k,
+                 const Launch& launch) {
+  LaunchParams<Run> params = {};
+  params.sequences = s.sequences;
+  params.hidden = static_cast<int>(s.p.H);
+  params.row_stride = s.row_stride();
+  params.y_stride = s.width();
+  params.aligned = aligned;
+  params.team = plan.team;
+  params.groups = plan.groups;
+  params.runs = s.p.directions == 2 && !plan.both_directions ? 1 : static_cast<int>(runs.size());
+  for (size_t first = 0; first < runs.size(); first += params.runs)
+    for (int wave = 0; wave < plan.waves; ++wave) {
+      params.first_column = wave * plan.groups * plan.team.tiles * kColumns;
+      std::copy_n(runs.begin() + first, params.runs, params.run);
+      Tensor buffer;
+      if (plan.family == Family::kPersistent) {
+        buffer = s.exchange_buffer(plan, params.runs, blocks_of_k);
+        params.exchange = buffer.data_ptr();
+      }
+      launch(params);
+    }
 }
+
+void* pointer(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 // ------------------------------------------------------------------------------------------------ forward
 
 struct LayerForward {
   int64_t index;
-  Tensor input;         // [N, I_l]
+  Tensor below;         // [N, I_l], the outputs of the layer below before dropout, or x
   Tensor y;             // [N, D*P]
   Tensor h_n, c_n;      // [L*D, B, P], [L*D, B, H]
   Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined in inference
 };
 
-ForwardDirection direction_of(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x,
-                              const Tensor& w_hh, const Tensor& h_0) {
-  const int64_t state = layer.index * s.p.directions + direction;
-  const Weights& w = s.weights(layer.index, direction);
-  const auto pointer = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
-  const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
-  return {pointer(gates_x),
-          pointer(w_hh),
-          pointer(w.b_ih),
-          pointer(w.b_hh),
-          pointer(h_0),
-          part(s.c_0),
-          layer.y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr(),
-          part(layer.h_n),
-          part(layer.c_n),
-          part(layer.gates),
-          part(layer.cells)};
+// Rows of what layer l reads: of the outputs of the layer below, with dropout.
+Tensor input_of_layer(const Stack& s, int64_t layer, const Tensor& below, const RowRange& rows) {
+  const Tensor input = rows.of(below);
+  return layer > 0 && s.dropout_mask.defined() ? input.mul(rows.of(s.dropout_mask[layer - 1])) : input;
 }
 
-void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x) {
+// W_ih times rows of a layer's input: where its activations will be saved, if they are.
+Tensor gates_of_input(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input,
+                      const RowRange& rows) {
+  const Tensor result = layer.gates.defined() ? rows.of(layer.gates[layer.index * s.p.directions + direction])
+                                              : s.empty({rows.count, kGates * s.p.H});
+  multiply(s.element, result, input, s.weights(layer.index, direction).w_ih.t());
+  return result;
+}
+
+// All steps of a direction. gates_x has these rows.
+ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x,
+                  const RowRange& rows, const Tensor& w_hh, const Tensor& h_0) {
+  const int64_t state = layer.index * s.p.directions + direction;
+  const Weights& w = s.weights(layer.index, direction);
+  const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
+  ForwardRun run = {};
+  run.reverse = direction == 1;
+  run.end = s.sequences.steps;
+  run.gates_x = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(gates_x.data_ptr()) -
+                                              rows.first * gates_x.stride(0) * gates_x.element_size());
+  run.w_hh = pointer(w_hh);
+  run.b_ih = pointer(w.b_ih);
+  run.b_hh = pointer(w.b_hh);
+  run.h_0 = pointer(h_0);
+  run.c_0 = part(s.c_0);
+  run.y = layer.y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr();
+  run.h_n = part(layer.h_n);
+  run.c_n = part(layer.c_n);
+  run.gates = part(layer.gates);
+  run.cells = part(layer.cells);
+  return run;
+}
+
+void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input) {
   const Problem& p = s.p;
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, kGates * p.H}), h = s.empty({p.B, p.output_size()});
-  const Tensor c = s.empty_compute({p.B, p.H});
+  const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N});
   Tensor hidden_state, projected;
   StepForwardParams params = {};
   params.sequences = s.sequences;
-  params.reverse = direction == 1;
   params.hidden = static_cast<int>(p.H);
   params.outputs = static_cast<int>(p.output_size());
   params.y_stride = s.width();
-  params.direction = direction_of(s, layer, direction, gates_x, w.w_hh, s.h_0[layer.index * p.directions + direction]);
+  params.run = run_of(s, layer, direction, gates_x, {0, p.N}, w.w_hh, s.h_0[layer.index * p.directions + direction]);
   params.product = product.data_ptr();
   params.h = h.data_ptr();
   params.c = c.data_ptr();
@@ -217,7 +271,7 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   check(launch_states_forward(s.element, params, s.stream), "a forward pass");
   for (int n = 0; n < s.sequences.steps; ++n) {
     params.n = n;
-    const int64_t count = s.rows_of_step(params.reverse ? p.T - 1 - n : n).second;
+    const int64_t count = s.rows_of_steps(params.run.reverse, n, n + 1).count;
     multiply(s.element, product.narrow(0, 0, count), h.narrow(0, 0, count), w.w_hh.t());
     check(launch_cells_forward(s.element, params, s.stream), "a forward step");
     if (p.P == 0) continue;
@@ -226,79 +280,86 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   }
 }
 
-// By a family that keeps the weights in CTAs.
-void fused_forward(const Stack& s, const LayerForward& layer, const PassPlan& plan,
-                   const std::vector<Tensor>& gates_x) {
-  ForwardParams params = {};
-  params.sequences = s.sequences;
-  params.hidden = static_cast<int>(s.p.H);
-  params.row_stride = s.row_stride();
-  params.y_stride = s.width();
-  params.team = plan.team;
-  params.groups = plan.groups;
-  const int blocks_of_k = forward_blocks(params.hidden, storage_bytes(s.element));
-  Tensor w_hh[kMaxDirections], h_0[kMaxDirections];
-  params.aligned = true;
-  for (int64_t d = 0; d < s.p.directions; ++d) {
-    w_hh[d] = s.factor_rows(s.weights(layer.index, d).w_hh);
-    h_0[d] = s.factor_rows(s.h_0[layer.index * s.p.directions + d]);
-    params.aligned = params.aligned && s.aligned({&gates_x[d]});
+// By a family that keeps the weights in CTAs: layers from the lowest on, each a run behind the one that it reads.
+void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, const PassPlan& plan) {
+  const int64_t directions = s.p.directions;
+  const int chunks = s.chunks(plan), count = static_cast<int>(layers.size());
+  struct Direction {
+    Tensor w_hh, h_0, carried_h, carried_c;
+  };
+  std::vector<Direction> all;
+  for (const LayerForward& layer : layers)
+    for (int64_t d = 0; d < directions; ++d) {
+      Direction of = {
+          s.factor_rows(s.weights(layer.index, d).w_hh), s.factor_rows(s.h_0[layer.index * directions + d]), {}, {}};
+      if (chunks > 1) of.carried_h = s.carried_factor(), of.carried_c = s.carried_state();
+      all.push_back(std::move(of));
+    }
+  // The others read what is yet to be computed.
+  const Tensor lowest_input = input_of_layer(s, layers[0].index, layers[0].below, {0, s.p.N});
+  for (int front = 0; front < chunks + count - 1; ++front) {
+    std::vector<ForwardRun> runs;
+    std::vector<Tensor> gates_x;
+    bool aligned = true;
+    for (int i = std::max(0, front - chunks + 1); i <= std::min(front, count - 1); ++i)
+      for (int64_t d = 0; d < directions; ++d) {
+        const int begin = (front - i) * plan.run_steps, end = std::min(begin + plan.run_steps, s.sequences.steps);
+        const RowRange rows = s.rows_of_steps(d == 1, begin, end);
+        const Tensor input = i == 0 ? rows.of(lowest_input) : input_of_layer(s, layers[i].index, layers[i].below, rows);
+        gates_x.push_back(gates_of_input(s, layers[i], d, input, rows));
+        aligned = aligned && s.aligned({&gates_x.back()});
+        const Direction& of = all[i * directions + d];
+        ForwardRun run = run_of(s, layers[i], d, gates_x.back(), rows, of.w_hh, of.h_0);
+        run.begin = begin;
+        run.end = end;
+        run.carried_h = pointer(of.carried_h);
+        run.carried_c = static_cast<float*>(pointer(of.carried_c));
+        runs.push_back(run);
+      }
+    launch_runs(s, plan, runs, aligned, forward_blocks(static_cast<int>(s.p.H), storage_bytes(s.element)),
+                [&](const ForwardParams& params) {
+                  const auto launch =
+                      plan.family == Family::kResident ? launch_resident_forward : launch_persistent_forward;
+                  check(launch(s.element, params, s.stream), "a forward pass");
+                });
   }
-  for_each_launch(s, plan, [&](int direction, int directions, int first_column) {
-    params.directions = directions;
-    params.reverse = direction == 1;
-    params.first_column = first_column;
-    for (int i = 0; i < directions; ++i) {
-      const int d = direction + i;
-      params.direction[i] = direction_of(s, layer, d, gates_x[d], w_hh[d], h_0[d]);
-    }
-    if (plan.family == Family::kResident) {
-      check(launch_resident_forward(s.element, params, s.stream), "a forward pass");
-    } else {
-      const Tensor buffer = s.exchange_buffer(plan, directions, blocks_of_k);
-      params.exchange = buffer.data_ptr();
-      check(launch_persistent_forward(s.element, params, s.stream), "a forward pass");
-    }
-  });
-}
-
-// What layer l + 1 reads: the outputs of layer l, with dropout.
-Tensor input_of_layer(const Stack& s, int64_t layer, const Tensor& outputs_below) {
-  if (layer == 0) return s.x;
-  return s.dropout_mask.defined() ? outputs_below.mul(s.dropout_mask[layer - 1]) : outputs_below;
 }
 
 // ------------------------------------------------------------------------------------------------ backward
 
 struct LayerBackward {
   int64_t index;
-  Tensor y;             // [N, D*P], of this layer
-  Tensor d_y;           // [N, D*P], or undefined
-  Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]
-  Tensor d_h_n, d_c_n;  // [L*D, B, P], [L*D, B, H], or undefined
-  Tensor d_h_0, d_c_0;  // likewise
+  Tensor below;                       // [N, I_l], as in LayerForward
+  Tensor y;                           // [N, D*P], of this layer
+  Tensor d_y;                         // [N, D*P], or undefined
+  Tensor gates, cells;                // [L*D, N, 4H], [L*D, N, H]
+  Tensor d_h_n, d_c_n;                // [L*D, B, P], [L*D, B, H], or undefined
+  Tensor d_h_0, d_c_0;                // likewise
+  Tensor d_gates[kDirections];        // [N, 4H]
+  Tensor d_outputs[kDirections];      // [N, P] and
+  Tensor hidden_states[kDirections];  // [N, H], the factors of the gradient of W_hr
 };
 
-BackwardDirection direction_of(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& d_gates,
-                               const Tensor& w_hh) {
+BackwardRun run_of(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& w_hh) {
   const int64_t state = layer.index * s.p.directions + direction;
   const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
-  return {
-      w_hh.data_ptr(),
-      part(layer.gates),
-      part(layer.cells),
-      part(s.c_0),
-      layer.d_y.defined() ? layer.d_y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr() : nullptr,
-      part(layer.d_h_n),
-      part(layer.d_c_n),
-      d_gates.data_ptr(),
-      part(layer.d_h_0),
-      part(layer.d_c_0)};
+  BackwardRun run = {};
+  run.reverse = direction == 1;
+  run.end = s.sequences.steps;
+  run.w_hh = pointer(w_hh);
+  run.gates = part(layer.gates);
+  run.cells = part(layer.cells);
+  run.c_0 = part(s.c_0);
+  if (layer.d_y.defined()) run.d_y = layer.d_y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr();
+  run.d_h_n = part(layer.d_h_n);
+  run.d_c_n = part(layer.d_c_n);
+  run.d_gates = pointer(layer.d_gates[direction]);
+  run.d_h_0 = part(layer.d_h_0);
+  run.d_c_0 = part(layer.d_c_0);
+  return run;
 }
 
-// With a projection, also the factors of the gradient of W_hr: d_outputs [N, P] and hidden_states [N, H].
-void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& d_gates,
-                       const Tensor& d_outputs, const Tensor& hidden_states) {
+void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direction) {
   const Problem& p = s.p;
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, p.output_size()}), d_h = s.empty_compute({p.B, p.output_size()});
@@ -306,70 +367,85 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   Tensor d_hidden;
   StepBackwardParams params = {};
   params.sequences = s.sequences;
-  params.reverse = direction == 1;
   params.hidden = static_cast<int>(p.H);
   params.outputs = static_cast<int>(p.output_size());
   params.y_stride = s.width();
-  params.direction = direction_of(s, layer, direction, d_gates, w.w_hh);
+  params.run = run_of(s, layer, direction, w.w_hh);
   params.product = product.data_ptr();
   params.d_h = d_h.data_ptr();
   params.d_c = d_c.data_ptr();
   if (p.P > 0) {
     d_hidden = s.empty({p.B, p.H});
-    params.d_outputs = d_outputs.data_ptr();
+    params.d_outputs = layer.d_outputs[direction].data_ptr();
     params.d_hidden = d_hidden.data_ptr();
-    params.hidden_states = hidden_states.data_ptr();
+    params.hidden_states = layer.hidden_states[direction].data_ptr();
   }
   check(launch_states_backward(s.element, params, s.stream), "a backward pass");
   for (int n = 0; n < s.sequences.steps; ++n) {
     params.n = n;
-    const auto [first, count] = s.rows_of_step(params.reverse ? n : p.T - 1 - n);
+    const RowRange rows = s.rows_of_steps(!params.run.reverse, n, n + 1);
     if (p.P > 0) {
       check(launch_outputs_backward(s.element, params, s.stream), "a backward step");
-      multiply(s.element, d_hidden.narrow(0, 0, count), d_outputs.narrow(0, first, count), w.w_hr);
+      multiply(s.element, d_hidden.narrow(0, 0, rows.count), rows.of(layer.d_outputs[direction]), w.w_hr);
     }
     check(launch_cells_backward(s.element, params, s.stream), "a backward step");
-    multiply(s.element, product.narrow(0, 0, count), d_gates.narrow(0, first, count), w.w_hh);
+    multiply(s.element, product.narrow(0, 0, rows.count), rows.of(layer.d_gates[direction]), w.w_hh);
   }
   params.n = s.sequences.steps;
   if (layer.d_h_0.defined()) check(launch_finish_backward(s.element, params, s.stream), "a backward pass");
 }
 
-void fused_backward(const Stack& s, const LayerBackward& layer, const PassPlan& plan,
-                    const std::vector<Tensor>& d_gates) {
-  BackwardParams params = {};
-  params.sequences = s.sequences;
-  params.hidden = static_cast<int>(s.p.H);
-  params.row_stride = s.row_stride();
-  params.y_stride = s.width();
-  params.team = plan.team;
-  params.groups = plan.groups;
-  params.aligned = s.aligned({&layer.gates, &layer.cells, &layer.d_y});
-  const int blocks_of_k = backward_blocks(params.hidden, storage_bytes(s.element));
-  Tensor w_hh[kMaxDirections];
-  for (int64_t d = 0; d < s.p.directions; ++d) w_hh[d] = s.factor_rows(s.weights(layer.index, d).w_hh);
-  for_each_launch(s, plan, [&](int direction, int directions, int first_column) {
-    params.directions = directions;
-    params.reverse = direction == 1;
-    params.first_column = first_column;
-    for (int i = 0; i < directions; ++i) {
-      const int d = direction + i;
-      params.direction[i] = direction_of(s, layer, d, d_gates[d], w_hh[d]);
+// Layers from the highest on, each a run behind the one that it gets its d_y from.
+void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, const PassPlan& plan) {
+  const int64_t directions = s.p.directions;
+  const int chunks = s.chunks(plan), count = static_cast<int>(layers.size());
+  struct Direction {
+    Tensor w_hh, carried_d_h, carried_d_c;
+  };
+  std::vector<Direction> all;
+  bool aligned = true;
+  for (const LayerBackward& layer : layers) {
+    aligned = aligned && s.aligned({&layer.gates, &layer.cells, &layer.d_y});
+    for (int64_t d = 0; d < directions; ++d) {
+      Direction of = {s.factor_rows(s.weights(layer.index, d).w_hh), {}, {}};
+      if (chunks > 1) of.carried_d_h = s.carried_state(), of.carried_d_c = s.carried_state();
+      all.push_back(std::move(of));
     }
-    if (plan.family == Family::kResident) {
-      check(launch_resident_backward(s.element, params, s.stream), "a backward pass");
-    } else {
-      const Tensor buffer = s.exchange_buffer(plan, directions, blocks_of_k);
-      params.exchange = buffer.data_ptr();
-      check(launch_persistent_backward(s.element, params, s.stream), "a backward pass");
-    }
-  });
+  }
+  for (int front = 0; front < chunks + count - 1; ++front) {
+    std::vector<BackwardRun> runs;
+    for (int i = std::max(0, front - chunks + 1); i <= std::min(front, count - 1); ++i)
+      for (int64_t d = 0; d < directions; ++d) {
+        const int begin = (front - i) * plan.run_steps, end = std::min(begin + plan.run_steps, s.sequences.steps);
+        if (i > 0) {
+          const RowRange rows = s.rows_of_steps(true, begin, end);
+          const LayerBackward& above = layers[i - 1];
+          const Tensor d_y = rows.of(layers[i].d_y);
+          multiply(s.element, d_y, rows.of(above.d_gates[0]), s.weights(above.index, 0).w_ih);
+          if (s.dropout_mask.defined()) d_y.mul_(rows.of(s.dropout_mask[layers[i].index]));
+        }
+        const Direction& of = all[i * directions + d];
+        BackwardRun run = run_of(s, layers[i], d, of.w_hh);
+        run.begin = begin;
+        run.end = end;
+        run.carried_d_h = static_cast<float*>(pointer(of.carried_d_h));
+        run.carried_d_c = static_cast<float*>(pointer(of.carried_d_c));
+        runs.push_back(run);
+      }
+    launch_runs(s, plan, runs, aligned, backward_blocks(static_cast<int>(s.p.H), storage_bytes(s.element)),
+                [&](const BackwardParams& params) {
+                  const auto launch =
+                      plan.family == Family::kResident ? launch_resident_backward : launch_persistent_backward;
+                  check(launch(s.element, params, s.stream), "a backward pass");
+                });
+  }
 }
 
 // d_gates^T times what each step read as h.
-Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& d_gates) {
+Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t direction) {
   const Problem& p = s.p;
   const bool reverse = direction == 1;
+  const Tensor& d_gates = layer.d_gates[direction];
   const Tensor h_0 = s.h_0[layer.index * p.directions + direction];
   const Tensor y = layer.y.narrow(1, direction * p.output_size(), p.output_size());
   if (s.sequences.lengths == nullptr && s.sequences.resets == nullptr) {
@@ -397,6 +473,32 @@ Tensor without_padding(const Stack& s, const Tensor& input) {
   return input.masked_fill(behind_end, 0);
 }
 
+// Into their places in d_weights, those that are needed.
+void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_bias, at::IntArrayRef needs,
+                          std::vector<Tensor>& d_weights) {
+  Tensor input;  // made again only if a gradient asks for it
+  for (int64_t d = 0; d < s.p.directions; ++d) {
+    const size_t first = (layer.index * s.p.directions + d) * s.a.per_direction;
+    const auto needed = [&](int64_t which) { return needs[2 + first + which] != 0; };
+    const Tensor& d_gates = layer.d_gates[d];
+    if (needed(0)) {
+      if (!input.defined()) {
+        input = input_of_layer(s, layer.index, layer.below, {0, s.p.N});
+        if (s.padded() && layer.index == 0) input = without_padding(s, input);
+      }
+      d_weights[first] = s.product(d_gates.t(), input);
+    }
+    if (needed(1)) d_weights[first + 1] = gradient_of_w_hh(s, layer, d);
+    if (has_bias && (needed(2) || needed(3))) {
+      const Tensor d_bias = d_gates.sum(0);
+      if (needed(2)) d_weights[first + 2] = d_bias;
+      if (needed(3)) d_weights[first + 3] = needed(2) ? d_bias.clone() : d_bias;
+    }
+    if (s.p.P > 0 && needed(s.a.per_direction - 1))
+      d_weights[first + s.a.per_direction - 1] = s.product(layer.d_outputs[d].t(), layer.hidden_states[d]);
+  }
+}
+
 }  // namespace
 
 ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
@@ -420,20 +522,21 @@ ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, c
   if (p.B > 0) {
     const Stack s(a, call);
     const PassPlan plan = plan_forward(p, s.element, s.limits, s.constraints);
-    Tensor below;
-    for (int64_t l = 0; l < p.layers; ++l) {
-      const bool top = l == p.layers - 1;
-      Tensor out = top ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
-      if (s.padded()) out.zero_();
-      const LayerForward layer = {
-          l, input_of_layer(s, l, below), out, h_n, c_n, save ? saved[0] : Tensor(), save ? saved[1] : Tensor()};
-      std::vector<Tensor> gates_x;
-      for (int64_t d = 0; d < p.directions; ++d) gates_x.push_back(s.product(layer.input, s.weights(l, d).w_ih.t()));
-      if (plan.family == Family::kStepwise)
-        for (int64_t d = 0; d < p.directions; ++d) stepwise_forward(s, layer, d, gates_x[d]);
-      else
-        fused_forward(s, layer, plan, gates_x);
-      below = out;
+    Tensor below = s.x;
+    for (int64_t first = 0; first < p.layers; first += plan.layers) {
+      std::vector<LayerForward> layers;
+      for (int64_t l = first; l < std::min(first + plan.layers, p.layers); ++l) {
+        const Tensor out = l == p.layers - 1 ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
+        if (s.padded()) out.zero_();
+        layers.push_back({l, below, out, h_n, c_n, save ? saved[0] : Tensor(), save ? saved[1] : Tensor()});
+        below = out;
+      }
+      if (plan.family != Family::kStepwise) {
+        fused_forward(s, layers, plan);
+        continue;
+      }
+      const Tensor input = input_of_layer(s, first, layers[0].below, {0, p.N});
+      for (int64_t d = 0; d < p.directions; ++d) stepwise_forward(s, layers[0], d, input);
     }
   }
   const auto as_states = [&](const Tensor& t) { return t.reshape(a.states.then(t.size(-1))); };
@@ -467,56 +570,47 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
                d_c_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.H}) : Tensor();
   const Tensor initial_d_h = given(d_h_n), initial_d_c = given(d_c_n);
   Tensor d_x = nothing;
-  Tensor d_outputs_of_layer = d_y ? s.rows(*d_y) : Tensor();
-  for (int64_t l = p.layers - 1; l >= 0; --l) {
-    const Tensor outputs = l == p.layers - 1 ? s.rows(y) : saved[2][l];
-    const LayerBackward layer = {l,     outputs, d_outputs_of_layer, saved[0], saved[1], initial_d_h, initial_d_c,
-                                 d_h_0, d_c_0};
-    std::vector<Tensor> d_gates, d_outputs(p.directions), hidden_states(p.directions);
-    for (int64_t d = 0; d < p.directions; ++d) {
-      d_gates.push_back(s.empty({p.N, kGates * p.H}));
-      if (p.P > 0) d_outputs[d] = s.empty({p.N, p.P}), hidden_states[d] = s.empty({p.N, p.H});
-      if (!s.padded()) continue;
-      for (const Tensor* t : {&d_gates[d], &d_outputs[d], &hidden_states[d]})
-        if (t->defined()) t->zero_();
+  Tensor d_y_of_layer = d_y ? s.rows(*d_y) : Tensor();
+  for (int64_t first = p.layers - 1; first >= 0; first -= plan.layers) {
+    std::vector<LayerBackward> layers;
+    for (int64_t l = first; l > std::max<int64_t>(first - plan.layers, -1); --l) {
+      LayerBackward layer = {l,
+                             l == 0 ? s.x : saved[2][l - 1],
+                             l == p.layers - 1 ? s.rows(y) : saved[2][l],
+                             l == first ? d_y_of_layer : s.empty({p.N, s.width()}),
+                             saved[0],
+                             saved[1],
+                             initial_d_h,
+                             initial_d_c,
+                             d_h_0,
+                             d_c_0,
+                             {},
+                             {},
+                             {}};
+      for (int64_t d = 0; d < p.directions; ++d) {
+        layer.d_gates[d] = s.empty({p.N, kGates * p.H});
+        if (p.P > 0) layer.d_outputs[d] = s.empty({p.N, p.P}), layer.hidden_states[d] = s.empty({p.N, p.H});
+        if (!s.padded()) continue;
+        for (const Tensor* t : {&layer.d_gates[d], &layer.d_outputs[d], &layer.hidden_states[d]})
+          if (t->defined()) t->zero_();
+      }
+      layers.push_back(std::move(layer));
     }
     if (plan.family == Family::kStepwise)
-      for (int64_t d = 0; d < p.directions; ++d)
-        stepwise_backward(s, layer, d, d_gates[d], d_outputs[d], hidden_states[d]);
+      for (int64_t d = 0; d < p.directions; ++d) stepwise_backward(s, layers[0], d);
     else
-      fused_backward(s, layer, plan, d_gates);
+      fused_backward(s, layers, plan);
+    for (const LayerBackward& layer : layers) gradients_of_weights(s, layer, call.has_bias, needs, d_weights);
 
-    Tensor input;  // made again only if a gradient asks for it
-    Tensor d_input;
-    for (int64_t d = 0; d < p.directions; ++d) {
-      const Weights& w = s.weights(l, d);
-      const size_t first = (l * p.directions + d) * a.per_direction;
-      const auto needed = [&](int64_t which) { return needs[2 + first + which] != 0; };
-      if (l > 0 || needs[0]) {
-        if (!d_input.defined()) d_input = s.empty({p.N, w.w_ih.size(1)});
-        multiply(s.element, d_input, d_gates[d], w.w_ih, d > 0);
-      }
-      if (needed(0)) {
-        if (!input.defined()) {
-          input = input_of_layer(s, l, l == 0 ? Tensor() : saved[2][l - 1]);
-          if (s.padded() && l == 0) input = without_padding(s, input);
-        }
-        d_weights[first] = s.product(d_gates[d].t(), input);
-      }
-      if (needed(1)) d_weights[first + 1] = gradient_of_w_hh(s, layer, d, d_gates[d]);
-      if (call.has_bias && (needed(2) || needed(3))) {
-        const Tensor d_bias = d_gates[d].sum(0);
-        if (needed(2)) d_weights[first + 2] = d_bias;
-        if (needed(3)) d_weights[first + 3] = needed(2) ? d_bias.clone() : d_bias;
-      }
-      if (p.P > 0 && needed(a.per_direction - 1))
-        d_weights[first + a.per_direction - 1] = s.product(d_outputs[d].t(), hidden_states[d]);
-    }
-    if (l == 0) {
-      if (needs[0]) d_x = d_input.reshape(x.sizes());
-    } else {
-      d_outputs_of_layer = input_of_layer(s, l, d_input);  // through the same dropout
-    }
+    const LayerBackward& lowest = layers.back();
+    if (lowest.index == 0 && !needs[0]) continue;
+    const Tensor d_input = s.empty({p.N, lowest.below.size(1)});
+    for (int64_t d = 0; d < p.directions; ++d)
+      multiply(s.element, d_input, lowest.d_gates[d], s.weights(lowest.index, d).w_ih, d > 0);
+    if (lowest.index == 0)
+      d_x = d_input.reshape(x.sizes());
+    else
+      d_y_of_layer = input_of_layer(s, lowest.index, d_input, {0, p.N});  // through the same dropout
   }
   const auto as_states = [&](const Tensor& t) { return t.defined() ? t.reshape(a.states.then(t.size(-1))) : nothing; };
   return {d_x, as_states(d_h_0), as_states(d_c_0), std::move(d_weights)};

@@ -8,33 +8,31 @@
 #include "../cell.h"
 #include "elements.cuh"
 #include "layout.h"
-#include "sequences.cuh"
+#include "tile.cuh"
 #include "tile_copy.cuh"
 
 namespace fastlstm::cuda {
 
 template <class E, int Octets>
-class ForwardTile {
+class ForwardTile : Tile<ForwardRun, Octets> {
+  using Base = Tile<ForwardRun, Octets>;
+  using Base::column, Base::d_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
+      Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
+
  public:
   using Storage = typename E::Storage;
   using Gates = float[Octets][2][kGates];  // of the unit and the two columns of a thread
   using Outputs = float[Octets][2];
 
   // `memory`: Octets * forward_tile_bytes of shared memory for this warp, aligned to 16.
-  __device__ __forceinline__ ForwardTile(const ForwardParams& params, const ForwardDirection& direction, Order order,
-                                         int first_unit, int first_column, int lane, unsigned char* memory)
-      : p_(params),
-        d_(direction),
-        order_(order),
-        lane_(lane),
-        first_unit_(first_unit),
-        first_column_(first_column),
-        memory_(memory) {
-    if (first_unit_ >= p_.hidden) return;  // a warp without cells has no memory either
+  __device__ __forceinline__ ForwardTile(const ForwardParams& params, const ForwardRun& run, int first_unit,
+                                         int first_column, int lane, unsigned char* memory)
+      : Base(params, run, first_unit, first_column, lane, memory) {
+    if (!has_cells()) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       length_[e] = length_of(p_.sequences, column(e));
-      restart_[e] = restarts(0, e);
+      restart_[e] = restarts(d_.begin, e);
     }
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
@@ -42,14 +40,14 @@ class ForwardTile {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool exists = has_state(o, e);
-        h_[o][e] = exists ? E::load(static_cast<const Storage*>(
-                                d_.h_0)[static_cast<int64_t>(column(e)) * p_.row_stride + unit(o)])
-                          : 0.f;
-        c_[o][e] = exists ? E::load(static_cast<const Storage*>(d_.c_0)[state_index(o, e)]) : 0.f;
+        h_[o][e] = exists ? E::load(static_cast<const Storage*>(initial_h(d_))[state_index(o, e, p_.row_stride)]) : 0.f;
+        c_[o][e] = !exists        ? 0.f
+                   : d_.begin > 0 ? d_.carried_c[state_index(o, e, p_.hidden)]
+                                  : E::load(static_cast<const Storage*>(d_.c_0)[state_index(o, e, p_.hidden)]);
       }
     }
     copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
-    for (int n = 0; n < kForwardStages - 1; ++n) copy_inputs(n);
+    for (int n = d_.begin; n < d_.begin + kForwardStages - 1; ++n) copy_inputs(n);
   }
 
   // What the product of the next step reads: h_t, unless the sequence is cut there.
@@ -60,7 +58,7 @@ class ForwardTile {
       for (int e = 0; e < 2; ++e) h[o][e] = restart_[e] ? 0.f : h_[o][e];
   }
 
-  // Pre-activations of the n-th step but for the recurrent product. In order, n = 0, 1, ...
+  // Pre-activations of the n-th step but for the recurrent product. In order, n = begin, begin + 1, ...
   __device__ __forceinline__ void begin(int n, Gates& a) {
     copy_async_wait<kForwardStages - 2>();
     warp_barrier();
@@ -74,7 +72,7 @@ class ForwardTile {
           a[o][e][gate] = E::load(stage(o, n)[(gate * kColumns + 2 * (lane_ % 4) + e) * kOctet + lane_ / 4]) +
                           biases(o)[gate * kOctet + lane_ / 4];
       }
-      restart_[e] = n + 1 < p_.sequences.steps && restarts(n + 1, e);
+      restart_[e] = n + 1 < d_.end && restarts(n + 1, e);
     }
   }
 
@@ -119,26 +117,24 @@ class ForwardTile {
 
   __device__ __forceinline__ void finish() const {
     copy_async_wait<0>();
+    const bool last_run = d_.end == p_.sequences.steps;
+    void* const h = last_run ? d_.h_n : d_.carried_h;
+    const int stride = last_run ? p_.hidden : p_.row_stride;
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (!has_state(o, e)) continue;
-        static_cast<Storage*>(d_.h_n)[state_index(o, e)] = E::store(h_[o][e]);
-        static_cast<Storage*>(d_.c_n)[state_index(o, e)] = E::store(c_[o][e]);
+        static_cast<Storage*>(h)[state_index(o, e, stride)] = E::store(h_[o][e]);
+        const int64_t at = state_index(o, e, p_.hidden);
+        if (last_run)
+          static_cast<Storage*>(d_.c_n)[at] = E::store(c_[o][e]);
+        else
+          d_.carried_c[at] = c_[o][e];
       }
   }
 
  private:
-  __device__ __forceinline__ int unit(int o) const { return first_unit_ + o * kOctet + lane_ / 4; }
-  __device__ __forceinline__ int column(int e) const { return first_column_ + 2 * (lane_ % 4) + e; }
-  __device__ __forceinline__ bool has_state(int o, int e) const {
-    return unit(o) < p_.hidden && column(e) < p_.sequences.batch;
-  }
-  __device__ __forceinline__ int64_t state_index(int o, int e) const {
-    return static_cast<int64_t>(column(e)) * p_.hidden + unit(o);
-  }
-
   // Of each octet, a ring of gates_x [stage][gate][column][unit], then the biases [gate][unit]: registers are scarce.
   __device__ __forceinline__ Storage* stage(int o, int n) const {
     return reinterpret_cast<Storage*>(memory_ + o * forward_tile_bytes(sizeof(Storage))) +
@@ -158,10 +154,12 @@ class ForwardTile {
   }
   __device__ __forceinline__ void copy_inputs(int n) {
     const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
-    const bool exists = n < p_.sequences.steps && t < copied_length_;
+    const bool exists = n < d_.end && t < copied_length_;
     const int64_t row = exists ? row_of(p_.sequences, t, first_column_ + lane_ % kColumns) : 0;
+    // Where there is no row, any address that exists.
     const Storage* const from =
-        static_cast<const Storage*>(d_.gates_x) + (row * kGates + gate) * p_.hidden + first_unit_;
+        exists ? static_cast<const Storage*>(d_.gates_x) + (row * kGates + gate) * p_.hidden + first_unit_
+               : static_cast<const Storage*>(d_.w_hh);
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;
@@ -170,11 +168,6 @@ class ForwardTile {
     copy_async_commit();
   }
 
-  const ForwardParams& p_;
-  const ForwardDirection& d_;
-  const Order order_;
-  const int lane_, first_unit_, first_column_;
-  unsigned char* const memory_;
   int length_[2], copied_length_;
   float c_[Octets][2], h_[Octets][2];
   bool restart_[2];  // the states are zero before the next step

@@ -20,7 +20,12 @@ constexpr int kWarpThreads = 32;
 constexpr int kCellsOfTile = kOctet * kColumns;
 constexpr int kBlockBytes = 64;  // of K
 constexpr int kTeamWarps = 8;    // of a CTA of the persistent family: registers hold the most weights with 8
-constexpr int kMaxDirections = 2;
+
+// Runs of a launch, at most (see params.h): of two directions, or of so many layers that run one after the other's
+// steps. A run begins at a multiple of kRunSteps: the tags of exchanged states repeat after so many steps, and the
+// states that runs hand on are only overwritten when all CTAs have read them.
+constexpr int kMaxRuns = 4;
+constexpr int kRunSteps = 4;
 
 // Steps whose inputs are in shared memory or on their way: the latency of device memory spans several steps.
 constexpr int kForwardStages = 4;

@@ -83,9 +83,8 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
   constexpr int kMTiles = backward_m_tiles(Octets);
   const int lane = thread_index() % kWarpThreads, warp = thread_index() / kWarpThreads;
   const int ctas = team_ctas(p.hidden, Octets), slice = block_index() % ctas, team = block_index() / ctas;
-  const int second = team >= p.groups, group = team - second * p.groups;
-  const BackwardDirection& d = p.direction[second];
-  const Order order = {second || p.reverse};
+  const int group = team % p.groups;
+  const BackwardRun& d = p.run[team / p.groups];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
   const int first_column = p.first_column + group * tiles * kColumns;
 
@@ -110,15 +109,15 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
                                                                         backward_blocks(p.hidden, W::kBytes) *
                                                                         kWarpThreads,
                                   warp, lane);
-  BackwardTile<E, 1> cells(p, d, order, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
+  BackwardTile<E, 1> cells(p, d, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
                            tile_memory + warp * backward_tile_bytes(W::kBytes));
 
-  // The product of the last step gives d_h_0.
-  const int products = d.d_h_0 == nullptr ? p.sequences.steps - 1 : p.sequences.steps;
-  for (int n = 0; n <= products; ++n) {
+  // The product of the last step gives d_h_0, or what the next run begins with.
+  const int last_product = d.d_h_0 == nullptr && d.end == p.sequences.steps ? d.end - 1 : d.end;
+  for (int n = d.begin; n <= last_product; ++n) {
     float2* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kWarpThreads;
-    const bool has_step = has_cells && n < p.sequences.steps;
-    if (n == 0) {
+    const bool has_step = has_cells && n < d.end;
+    if (n == d.begin) {
       if (has_step) cells.begin(n);
     } else {
       gradients.set_step(n - 1);
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
     if (!has_step) continue;
     typename BackwardTile<E, 1>::Gates d_gates;
     cells.compute(n, d_gates);
-    if (n < products) gradients.publish(n, octet, tile, d_gates[0]);
+    if (n < last_product) gradients.publish(n, octet, tile, d_gates[0]);
     cells.end(n, d_gates);
   }
   if (has_cells) cells.finish();
@@ -167,7 +166,7 @@ struct Kernels {
 cudaError_t launch_persistent_backward(Element element, const BackwardParams& params, cudaStream_t stream) {
   const auto run = [&]<class E>(E) {
     const auto kernel = find_variant<kBackwardVariants<E::kParts>, Kernels<E>>(params.team);
-    const LaunchShape shape = {params.directions * params.groups * team_ctas(params.hidden, params.team.octets),
+    const LaunchShape shape = {params.runs * params.groups * team_ctas(params.hidden, params.team.octets),
                                kTeamWarps * kWarpThreads, backward_shared_bytes(params.team, Words<E>::kFactors), true};
     return launch(kernel, shape, stream, params);
   };

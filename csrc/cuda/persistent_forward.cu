@@ -23,11 +23,11 @@ class ExchangedH {
   using W = Words<E>;
   static constexpr bool kPolls = true;
 
-  __device__ __forceinline__ ExchangedH(const ForwardParams& params, const ForwardDirection& direction, Order order,
-                                        uint4* team_exchange, int first_column, int warp, int lane)
+  __device__ __forceinline__ ExchangedH(const ForwardParams& params, const ForwardRun& run, uint4* team_exchange,
+                                        int first_column, int warp, int lane)
       : p_(params),
-        d_(direction),
-        order_(order),
+        d_(run),
+        order_{run.reverse},
         exchange_(team_exchange),
         first_column_(first_column),
         warp_(warp),
@@ -44,12 +44,13 @@ class ExchangedH {
     tag_ = tag_of(n - 1) ? W::kTag : 0;
     initial_ = zero_ = 0;
     // All read their initial states in the first step; in reverse, shorter sequences begin later.
-    const bool ragged = order_.reverse && p_.sequences.lengths != nullptr;
-    if (n > 0 && !ragged) return;
+    const bool ragged = order_.reverse && p_.sequences.lengths != nullptr, first = n == d_.begin;
+    if (!first && !ragged) return;
+    if (first) initial_ = kFirst;
     for (int tile = 0; tile < p_.team.tiles; ++tile) {
       const int b = column(tile), length = length_of(p_.sequences, b), t = order_.time(n, p_.sequences.steps);
-      const bool begins = t < length && order_.first(t, length);
-      if (begins || n == 0) initial_ |= 1u << tile;
+      const bool begins = t < length && (first || order_.first(t, length));
+      if (begins || first) initial_ |= 1u << tile;
       if (!begins || order_.restarts(p_.sequences, t, b, length)) zero_ |= 1u << tile;
     }
   }
@@ -60,7 +61,9 @@ class ExchangedH {
     const uint4* from = from_ + (tile * all_blocks_ + block * kTeamWarps) * kWarpThreads;
     if (initial_ >> tile & 1) {
       if (zero_ >> tile & 1) return;
-      from = row_vector<E>(d_.h_0, column(tile), p_.row_stride, block * kTeamWarps + warp_, lane_);
+      // Later on, others may already write what the next run begins with.
+      const void* const states = initial_ & kFirst ? initial_h(d_) : d_.h_0;
+      from = row_vector<E>(states, column(tile), p_.row_stride, block * kTeamWarps + warp_, lane_);
     }
     state = load_relaxed(from);
   }
@@ -77,6 +80,13 @@ class ExchangedH {
     state.y &= ~tags;
     state.z &= ~tags;
     state.w &= ~tags;
+    if constexpr (!W::kHalf && E::kParts == 1)
+      if (tags == 0) {  // who publishes a state rounds it; initial ones are as the tensor has them
+        state.x = E::part(state.x, 0);
+        state.y = E::part(state.y, 0);
+        state.z = E::part(state.z, 0);
+        state.w = E::part(state.w, 0);
+      }
   }
 
   // Makes the sums of columns NaN in which a NaN has arrived.
@@ -117,14 +127,16 @@ class ExchangedH {
   __device__ __forceinline__ int column(int tile) const { return first_column_ + tile * kColumns + lane_ / 4; }
 
   const ForwardParams& p_;
-  const ForwardDirection& d_;
+  const ForwardRun& d_;
   const Order order_;
   uint4* const exchange_;
   const int first_column_, warp_, lane_;
   int blocks_, all_blocks_;  // of K: of this lane, of all warps
   const uint4* from_ = nullptr;
   uint32_t tag_ = 0, above_one_ = 0;
-  uint32_t initial_ = 0, zero_ = 0;  // column tiles whose column reads h_0, and those where that is zero
+  // Column tiles whose column begins, and those where it begins with zeros; whether this is the run's first step.
+  uint32_t initial_ = 0, zero_ = 0;
+  static constexpr uint32_t kFirst = 0x80000000u;
 };
 
 template <class E, int Octets, int Blocks>
@@ -133,9 +145,8 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
   constexpr int kMTiles = forward_m_tiles(Octets);
   const int lane = thread_index() % kWarpThreads, warp = thread_index() / kWarpThreads;
   const int ctas = team_ctas(p.hidden, Octets), slice = block_index() % ctas, team = block_index() / ctas;
-  const int second = team >= p.groups, group = team - second * p.groups;
-  const ForwardDirection& d = p.direction[second];
-  const Order order = {second || p.reverse};
+  const int group = team % p.groups;
+  const ForwardRun& d = p.run[team / p.groups];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
   const int first_column = p.first_column + group * tiles * kColumns;
 
@@ -155,13 +166,13 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
   const int octet = slice * Octets + warp % Octets, tile = warp / Octets;  // whose cells this warp computes
   const bool has_cells = warp < cell_tiles && octet * kOctet < p.hidden;
   const int buffer_vectors = forward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
-  ExchangedH<E> states(p, d, order, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(team) * 2 * buffer_vectors,
+  ExchangedH<E> states(p, d, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(team) * 2 * buffer_vectors,
                        first_column, warp, lane);
   // Warps without cells have a tile too, whose inputs they never copy.
-  ForwardTile<E, 1> cells(p, d, order, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
+  ForwardTile<E, 1> cells(p, d, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
                           tile_memory + warp * forward_tile_bytes(W::kBytes));
 
-  for (int n = 0; n < p.sequences.steps; ++n) {
+  for (int n = d.begin; n < d.end; ++n) {
     float4* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kCellsOfTile;
     typename ForwardTile<E, 1>::Gates a;
     states.set_step(n);
@@ -195,7 +206,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
     cells.compute(n, a);
     typename ForwardTile<E, 1>::Outputs h;
     cells.outputs(h);
-    if (n + 1 < p.sequences.steps) states.publish(n, octet, tile, h[0]);
+    if (n + 1 < d.end) states.publish(n, octet, tile, h[0]);
     cells.end(n, a);
   }
   if (has_cells) cells.finish();
@@ -214,7 +225,7 @@ struct Kernels {
 cudaError_t launch_persistent_forward(Element element, const ForwardParams& params, cudaStream_t stream) {
   const auto run = [&]<class E>(E) {
     const auto kernel = find_variant<kForwardVariants<E::kParts>, Kernels<E>>(params.team);
-    const LaunchShape shape = {params.directions * params.groups * team_ctas(params.hidden, params.team.octets),
+    const LaunchShape shape = {params.runs * params.groups * team_ctas(params.hidden, params.team.octets),
                                kTeamWarps * kWarpThreads, forward_shared_bytes(params.team, Words<E>::kFactors), true};
     return launch(kernel, shape, stream, params);
   };

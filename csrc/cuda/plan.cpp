@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 #include <span>
 #include <sstream>
@@ -24,6 +25,7 @@ constexpr double kPublish = 40;       // ... and their way into the exchange buf
 constexpr double kExposed = 0.3;      // part of the smaller of (load, multiply) that the larger does not hide
 constexpr double kBarrier = 75;       // of one CTA, with the first load from shared memory behind it
 constexpr double kLaunch = 6;         // microseconds: weights into registers, launch, filling the exchange buffer
+constexpr double kRunProducts = 8;    // microseconds that cutting a product over all steps costs, per run
 constexpr double kLibraryStep = 10;   // microseconds of a step whose product is a library call: host time
 constexpr double kLibraryRate = 0.4;  // of the tensor cores' peak that such a product reaches, if it is large
 constexpr double kElementwise = 3e6;  // bytes per microsecond of device memory
@@ -104,6 +106,41 @@ Pass pass_of(Element e, bool backward) {
   return factors_of(e).parts == 1 ? pass_with<1>(backward) : pass_with<2>(backward);
 }
 
+// Of each run of steps.
+int launches(const PassPlan& plan, const Problem& p) {
+  return plan.waves * (plan.both_directions ? 1 : static_cast<int>(p.directions));
+}
+
+// Adds the plan for each number of layers that can run at the same time, with so many steps per run that the time at
+// the ends of a pass, when not all layers are busy, costs as much as the launches between runs. Layers of two
+// directions have to wait for each other; and if one layer takes the whole GPU, there is nothing to share.
+//
+// shape(layers): the plan but for these two, with the time that a step of all these layers takes.
+template <class Shape>
+void add_with_layers(std::vector<PassPlan>& plans, const Problem& p, const Constraints& constraints,
+                     const Shape& shape) {
+  const auto T = static_cast<double>(std::max<int64_t>(p.T, 1));
+  const int most = p.directions == 1 ? static_cast<int>(std::min<int64_t>(p.layers, kMaxRuns)) : 1;
+  for (int layers = 1; layers <= most; ++layers) {
+    std::optional<PassPlan> plan = shape(layers);
+    if (!plan || (layers > 1 && plan->waves > 1)) return;
+    const double step = plan->microseconds, launch = cost::kLaunch * launches(*plan, p);
+    double steps = layers == 1 ? T : std::sqrt(T * (launch + cost::kRunProducts) / ((layers - 1) * step));
+    if (layers > 1) steps = std::min(steps, T / 2);
+    if (constraints.run_steps) steps = *constraints.run_steps;
+    plan->layers = layers;
+    plan->run_steps = static_cast<int>(std::min(T, std::ceil(steps / kRunSteps) * kRunSteps));
+    if (layers > 1 && plan->run_steps == p.T) return;  // nothing happens at the same time
+    const double chunks = std::ceil(T / plan->run_steps),
+                 run = plan->run_steps * step + launch + (chunks > 1 ? cost::kRunProducts : 0);
+    double total = 0;
+    for (int64_t first = 0; first < p.layers; first += layers)
+      total += (chunks + static_cast<double>(std::min<int64_t>(layers, p.layers - first)) - 1) * run;
+    plan->microseconds = total / (T * static_cast<double>(p.layers));
+    plans.push_back(*plan);
+  }
+}
+
 std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, const Constraints& constraints,
                                  const Pass& pass) {
   std::vector<PassPlan> plans;
@@ -121,43 +158,46 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
     if (warps > kTeamWarps || !is_smallest(variant, blocks_of_k, pass.resident) ||
         pass.resident_bytes(hidden, variant.octets, bytes) > static_cast<size_t>(d.shared_bytes))
       continue;
-    PassPlan plan;
-    plan.family = Family::kResident;
-    plan.team = {variant.octets, variant.blocks, 1};
-    plan.groups = column_tiles;
-    plan.both_directions = directions == 2;
-    plan.ctas = directions * column_tiles;
-    plan.shared_bytes = pass.resident_bytes(hidden, variant.octets, bytes);
-    plan.waves = 1;
-    const double turns = ceil_div(plan.ctas, d.sms);
-    plan.microseconds = turns * (resident_step_cycles(pass.m_tiles(variant.octets), variant.blocks, factors.parts,
-                                                      warps, variant.octets) /
-                                     (d.gigahertz * 1e3) +
-                                 cost::kLaunch / static_cast<double>(p.T));
-    plans.push_back(plan);
+    add_with_layers(plans, p, constraints, [&](int layers) -> std::optional<PassPlan> {
+      PassPlan plan;
+      plan.family = Family::kResident;
+      plan.team = {variant.octets, variant.blocks, 1};
+      plan.groups = column_tiles;
+      plan.both_directions = directions == 2;
+      plan.ctas = directions * layers * column_tiles;
+      if (layers > 1 && plan.ctas > d.sms) return std::nullopt;
+      plan.shared_bytes = pass.resident_bytes(hidden, variant.octets, bytes);
+      plan.waves = 1;
+      plan.microseconds =
+          ceil_div(plan.ctas, d.sms) *
+          resident_step_cycles(pass.m_tiles(variant.octets), variant.blocks, factors.parts, warps, variant.octets) /
+          (d.gigahertz * 1e3);
+      return plan;
+    });
   }
   for (const TeamVariant& variant : pass.persistent) {
     if (!is_smallest(variant, blocks_per_warp, pass.persistent)) continue;
     const int ctas = team_ctas(hidden, variant.octets);
-    for (int tiles = 1; tiles <= kTeamWarps / variant.octets; tiles *= 2) {
-      PassPlan plan;
-      plan.family = Family::kPersistent;
-      plan.team = {variant.octets, variant.blocks, tiles};
-      plan.shared_bytes = pass.shared_bytes(plan.team, factors);
-      if (plan.shared_bytes > static_cast<size_t>(d.shared_bytes)) break;
-      plan.both_directions = directions == 2 && 2 * ctas <= d.sms;
-      const int at_once = plan.both_directions ? 2 : 1;
-      const int teams = d.sms / (ctas * at_once);
-      if (teams == 0) break;
-      plan.groups = std::min(teams, ceil_div(column_tiles, tiles));
-      if (constraints.groups) plan.groups = std::min(plan.groups, *constraints.groups);
-      plan.ctas = at_once * plan.groups * ctas;
-      plan.waves = ceil_div(column_tiles, plan.groups * tiles);
-      const double step =
-          team_step_cycles(pass.m_tiles(variant.octets), plan.team, blocks_of_k, factors.parts) / (d.gigahertz * 1e3);
-      plan.microseconds = plan.waves * (directions / at_once) * (step + cost::kLaunch / static_cast<double>(p.T));
-      plans.push_back(plan);
-    }
+    for (int tiles = 1; tiles <= kTeamWarps / variant.octets; tiles *= 2)
+      add_with_layers(plans, p, constraints, [&](int layers) -> std::optional<PassPlan> {
+        PassPlan plan;
+        plan.family = Family::kPersistent;
+        plan.team = {variant.octets, variant.blocks, tiles};
+        plan.shared_bytes = pass.shared_bytes(plan.team, factors);
+        if (plan.shared_bytes > static_cast<size_t>(d.shared_bytes)) return std::nullopt;
+        plan.both_directions = directions == 2 && 2 * ctas <= d.sms;
+        const int at_once = plan.both_directions ? 2 : layers;
+        const int teams = d.sms / (ctas * at_once);
+        if (teams == 0) return std::nullopt;
+        plan.groups = std::min(teams, ceil_div(column_tiles, tiles));
+        if (constraints.groups) plan.groups = std::min(plan.groups, *constraints.groups);
+        plan.ctas = at_once * plan.groups * ctas;
+        plan.waves = ceil_div(column_tiles, plan.groups * tiles);
+        plan.microseconds = launches(plan, p) *
+                            team_step_cycles(pass.m_tiles(variant.octets), plan.team, blocks_of_k, factors.parts) /
+                            (d.gigahertz * 1e3);
+        return plan;
+      });
   }
   return plans;
 }
@@ -168,7 +208,8 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     const auto fits = [](const auto& constraint, const auto& value) { return !constraint || *constraint == value; };
     if (!fits(constraints.family, plan.family)) continue;
     if (plan.family != Family::kStepwise &&
-        !(fits(constraints.octets, plan.team.octets) && fits(constraints.tiles, plan.team.tiles)))
+        !(fits(constraints.octets, plan.team.octets) && fits(constraints.tiles, plan.team.tiles) &&
+          fits(constraints.layers, plan.layers)))
       continue;
     if (!best || plan.microseconds < best->microseconds) best = plan;
   }
@@ -180,11 +221,12 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     message << "multiplies on tensor cores, which do not support float64";
   } else if (p.P > 0) {
     message << "does not support proj_size > 0";
-  } else if (constraints.octets || constraints.tiles) {
+  } else if (constraints.octets || constraints.tiles || constraints.layers) {
     message << "has no shape with the forced";
     if (constraints.octets) message << " octets = " << *constraints.octets;
     if (constraints.tiles) message << " tiles = " << *constraints.tiles;
-    message << " for hidden_size " << p.H;
+    if (constraints.layers) message << " layers = " << *constraints.layers;
+    message << " for hidden_size " << p.H << " and num_layers " << p.layers;
   } else {
     message << "cannot hold weights of hidden_size " << p.H << " in the registers of ";
     if (constraints.family == Family::kResident)
@@ -250,7 +292,7 @@ std::string describe(const PassPlan& plan, const Problem& problem) {
   std::ostringstream text;
   text << family_name(plan.family);
   if (plan.family == Family::kStepwise) return text.str();
-  const int teams = plan.groups * (plan.both_directions ? 2 : 1);
+  const int teams = plan.groups * (plan.both_directions ? 2 : plan.layers);
   text << " (" << teams;
   if (plan.family == Family::kResident)
     text << (teams == 1 ? " CTA" : " CTAs");
@@ -259,6 +301,10 @@ std::string describe(const PassPlan& plan, const Problem& problem) {
          << " CTAs";
   text << ", " << plan.team.tiles * kColumns << " rows each";
   if (plan.waves > 1) text << ", " << plan.waves << " times";
+  if (plan.layers > 1)
+    text << ", " << plan.layers << " layers at a time, " << plan.run_steps << " steps apart";
+  else if (plan.run_steps < problem.T)
+    text << ", " << plan.run_steps << " steps per launch";
   text << ")";
   return text.str();
 }

@@ -33,7 +33,7 @@ struct Device {
 // What the user has forced (`fastlstm.force`); the planner chooses the rest.
 struct Constraints {
   std::optional<Family> family;
-  std::optional<int> octets, tiles, groups;  // of the families that keep weights in CTAs
+  std::optional<int> octets, tiles, groups, layers, run_steps;  // of the families that keep weights in CTAs
 
   bool operator==(const Constraints&) const = default;
 };
@@ -42,12 +42,14 @@ struct PassPlan {
   Family family = Family::kStepwise;
   // Of the families that keep weights in CTAs:
   TeamShape team = {};
-  int groups = 0;                // teams of a direction, which split the batch
+  int groups = 0;                // teams of a direction or layer, which split the batch
   bool both_directions = false;  // at the same time
   int ctas = 0;                  // of a launch
   size_t shared_bytes = 0;       // of each
   int waves = 0;                 // launches, one after the other, that it takes to get through the batch
-  double microseconds = 0;       // estimated, per time step of one layer (both directions)
+  int layers = 1;                // that run at the same time, each some steps behind the one that it reads
+  int run_steps = 0;             // so many: those of one launch
+  double microseconds = 0;       // estimated, per time step of one layer on average, both directions
 };
 
 const char* family_name(Family family);

@@ -51,13 +51,9 @@ struct Place {
   __device__ __forceinline__ explicit Place(const Params& p)
       : lane(thread_index() % kWarpThreads),
         warp(thread_index() / kWarpThreads),
-        second(block_index() >= p.groups),
-        first_column(p.first_column + (block_index() - second * p.groups) * kColumns),
-        order{second || p.reverse} {}
-  const int lane, warp;
-  const bool second;  // of two directions
-  const int first_column;
-  const Order order;
+        run(block_index() / p.groups),
+        first_column(p.first_column + block_index() % p.groups * kColumns) {}
+  const int lane, warp, run, first_column;
 };
 
 // Shared memory holds the states [2][block][lane], then what the tiles of the warps need.
@@ -66,7 +62,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
   using Tile = ForwardTile<E, Octets>;
   constexpr int kMTiles = forward_m_tiles(Octets);
   const Place<ForwardParams> at(p);
-  const ForwardDirection& d = p.direction[at.second];
+  const ForwardRun& d = p.run[at.run];
   unsigned char* const shared = shared_memory();
   SharedStates states(shared, forward_blocks(p.hidden, Words<E>::kBytes), at.lane);
   states.clear();
@@ -76,7 +72,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
         return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.warp * Octets + m / 2) * kOctet,
                                   block, at.lane);
       });
-  Tile cells(p, d, at.order, at.warp * Octets * kOctet, at.first_column, at.lane,
+  Tile cells(p, d, at.warp * Octets * kOctet, at.first_column, at.lane,
              shared + states.bytes() + at.warp * Octets * forward_tile_bytes(Words<E>::kBytes));
   block_barrier();  // states are clear
 
@@ -88,8 +84,8 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
       if ((at.warp * Octets + o) * kOctet < p.hidden)
         put_h<E>(at.warp * Octets + o, at.lane, h[o], [&](int word, uint32_t value) { states.words(n)[word] = value; });
   };
-  put_outputs(-1);
-  for (int n = 0; n < p.sequences.steps; ++n) {
+  put_outputs(d.begin - 1);
+  for (int n = d.begin; n < d.end; ++n) {
     block_barrier();
     typename Tile::Gates a;
     states.set_step(n - 1);
@@ -115,7 +111,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
   using Tile = BackwardTile<E, Octets>;
   constexpr int kMTiles = backward_m_tiles(Octets);
   const Place<BackwardParams> at(p);
-  const BackwardDirection& d = p.direction[at.second];
+  const BackwardRun& d = p.run[at.run];
   unsigned char* const shared = shared_memory();
   SharedStates states(shared, backward_blocks(p.hidden, Words<E>::kBytes), at.lane);
 
@@ -125,14 +121,14 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
         const int first = octet < Octets ? (at.warp * Octets + octet) * kOctet : p.row_stride;
         return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block, at.lane);
       });
-  Tile cells(p, d, at.order, at.warp * Octets * kOctet, at.first_column, at.lane,
+  Tile cells(p, d, at.warp * Octets * kOctet, at.first_column, at.lane,
              shared + states.bytes() + at.warp * Octets * backward_tile_bytes(Words<E>::kBytes));
 
-  // The product of the last step gives d_h_0.
-  const int products = d.d_h_0 == nullptr ? p.sequences.steps - 1 : p.sequences.steps;
-  for (int n = 0; n <= products; ++n) {
-    const bool has_step = n < p.sequences.steps;
-    if (n == 0) {
+  // The product of the last step gives d_h_0, or what the next run begins with.
+  const int last_product = d.d_h_0 == nullptr && d.end == p.sequences.steps ? d.end - 1 : d.end;
+  for (int n = d.begin; n <= last_product; ++n) {
+    const bool has_step = n < d.end;
+    if (n == d.begin) {
       cells.begin(n);
     } else {
       block_barrier();
@@ -182,7 +178,7 @@ struct BackwardKernels {
 template <class Params>
 cudaError_t launch_resident(void (*kernel)(Params), const Params& p, int blocks_of_k, size_t tile_bytes,
                             cudaStream_t stream) {
-  const LaunchShape shape = {p.directions * p.groups, resident_warps(p.hidden, p.team.octets) * kWarpThreads,
+  const LaunchShape shape = {p.runs * p.groups, resident_warps(p.hidden, p.team.octets) * kWarpThreads,
                              resident_shared_bytes(p.hidden, p.team.octets, blocks_of_k, tile_bytes), false};
   return launch(kernel, shape, stream, p);
 }

@@ -18,6 +18,11 @@ __device__ __forceinline__ int64_t row_of(const Sequences& s, int t, int b) {
   return (s.offsets != nullptr ? s.offsets[t] : static_cast<int64_t>(t) * s.batch) + b;
 }
 
+// The h that the first step of a run reads.
+__device__ __forceinline__ const void* initial_h(const ForwardRun& run) {
+  return run.begin > 0 ? run.carried_h : run.h_0;
+}
+
 // The order in which a direction takes the steps, and where its states begin anew.
 struct Order {
   bool reverse;

@@ -59,17 +59,17 @@ __device__ __forceinline__ typename E::Compute& state(void* states, int64_t at) 
 // ------------------------------------------------------------------------------------------------ forward
 
 __device__ __forceinline__ int time_of(const StepForwardParams& p, int n) {
-  return Order{p.reverse}.time(n, p.sequences.steps);
+  return Order{p.run.reverse}.time(n, p.sequences.steps);
 }
 
 // Puts out h_t of column b: into y, into what the next product reads, and into h_n after a sequence's last step.
 template <class E>
 __device__ __forceinline__ void put_out(const StepForwardParams& p, const Element2d& x, typename E::Compute h) {
-  const Order order = {p.reverse};
+  const Order order = {p.run.reverse};
   const int t = time_of(p, p.n), length = length_of(p.sequences, x.b);
-  store<E>(p.direction.y, row_of(p.sequences, t, x.b) * p.y_stride + x.i, h);
+  store<E>(p.run.y, row_of(p.sequences, t, x.b) * p.y_stride + x.i, h);
   const bool last = order.last(t, length);
-  if (last) store<E>(p.direction.h_n, x.at, h);
+  if (last) store<E>(p.run.h_n, x.at, h);
   const bool restarts = !last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length);
   store<E>(p.h, x.at, restarts ? typename E::Compute(0) : h);
 }
@@ -78,15 +78,15 @@ template <class E>
 __global__ void __launch_bounds__(kThreads) states_forward(const StepForwardParams p) {
   const Element2d c = own_element(p.hidden, p.hidden);
   if (c.exists) {
-    state<E>(p.c, c.at) = load<E>(p.direction.c_0, c.at);
-    store<E>(p.direction.c_n, c.at, load<E>(p.direction.c_0, c.at));
+    state<E>(p.c, c.at) = load<E>(p.run.c_0, c.at);
+    store<E>(p.run.c_n, c.at, load<E>(p.run.c_0, c.at));
   }
   const Element2d h = own_element(p.hidden, p.outputs);
   if (!h.exists) return;
   const int length = length_of(p.sequences, h.b), t = time_of(p, 0);
-  const bool restarts = t < length && Order{p.reverse}.restarts(p.sequences, t, h.b, length);
-  const typename E::Compute h_0 = load<E>(p.direction.h_0, h.at);
-  store<E>(p.direction.h_n, h.at, h_0);
+  const bool restarts = t < length && Order{p.run.reverse}.restarts(p.sequences, t, h.b, length);
+  const typename E::Compute h_0 = load<E>(p.run.h_0, h.at);
+  store<E>(p.run.h_n, h.at, h_0);
   store<E>(p.h, h.at, restarts ? typename E::Compute(0) : h_0);
 }
 
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kThreads) cells_forward(const StepForwardParam
   using Compute = typename E::Compute;
   const Element2d x = own_element(p.hidden, p.hidden);
   if (!x.exists) return;
-  const Order order = {p.reverse};
+  const Order order = {p.run.reverse};
   const int t = time_of(p, p.n), length = length_of(p.sequences, x.b);
   if (t >= length) return;
-  const ForwardDirection& d = p.direction;
+  const ForwardRun& d = p.run;
   const int64_t row = row_of(p.sequences, t, x.b), gates = row * kGates * p.hidden + x.i;
   Compute a[kGates];
 #pragma unroll
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) outputs_forward(const StepForwardPar
 // ------------------------------------------------------------------------------------------------ backward
 
 __device__ __forceinline__ int time_of(const StepBackwardParams& p, int n) {
-  return Order{p.reverse}.time(p.sequences.steps - 1 - n, p.sequences.steps);
+  return Order{p.run.reverse}.time(p.sequences.steps - 1 - n, p.sequences.steps);
 }
 
 // The gradient of what step n gave to the steps that the forward pass computed after it. It arrives as the product of
@@ -145,8 +145,8 @@ __device__ __forceinline__ typename E::Compute carried(const StepBackwardParams&
   if (p.n > 0) {
     const int before = time_of(p, p.n - 1), length = length_of(p.sequences, x.b);
     if (before < length)
-      d_h = Order{p.reverse}.restarts(p.sequences, before, x.b, length) ? typename E::Compute(0)
-                                                                        : load<E>(p.product, x.at);
+      d_h = Order{p.run.reverse}.restarts(p.sequences, before, x.b, length) ? typename E::Compute(0)
+                                                                            : load<E>(p.product, x.at);
   }
   return d_h;
 }
@@ -155,16 +155,16 @@ __device__ __forceinline__ typename E::Compute carried(const StepBackwardParams&
 template <class E>
 __device__ __forceinline__ typename E::Compute d_output(const StepBackwardParams& p, const Element2d& x,
                                                         typename E::Compute carried_d_h) {
-  if (p.direction.d_y == nullptr) return carried_d_h;
-  return carried_d_h + load<E>(p.direction.d_y, row_of(p.sequences, time_of(p, p.n), x.b) * p.y_stride + x.i);
+  if (p.run.d_y == nullptr) return carried_d_h;
+  return carried_d_h + load<E>(p.run.d_y, row_of(p.sequences, time_of(p, p.n), x.b) * p.y_stride + x.i);
 }
 
 template <class E>
 __global__ void __launch_bounds__(kThreads) states_backward(const StepBackwardParams p) {
   using Compute = typename E::Compute;
   const Element2d c = own_element(p.hidden, p.hidden), h = own_element(p.hidden, p.outputs);
-  if (c.exists) state<E>(p.d_c, c.at) = p.direction.d_c_n == nullptr ? Compute(0) : load<E>(p.direction.d_c_n, c.at);
-  if (h.exists) state<E>(p.d_h, h.at) = p.direction.d_h_n == nullptr ? Compute(0) : load<E>(p.direction.d_h_n, h.at);
+  if (c.exists) state<E>(p.d_c, c.at) = p.run.d_c_n == nullptr ? Compute(0) : load<E>(p.run.d_c_n, c.at);
+  if (h.exists) state<E>(p.d_h, h.at) = p.run.d_h_n == nullptr ? Compute(0) : load<E>(p.run.d_h_n, h.at);
 }
 
 template <class E>
@@ -184,10 +184,10 @@ __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardPar
   if (!x.exists) return;
   const bool projects = p.d_hidden != nullptr;
   const Compute d_h_after = projects ? Compute(0) : carried<E>(p, x);
-  const Order order = {p.reverse};
+  const Order order = {p.run.reverse};
   const int t = time_of(p, p.n), length = length_of(p.sequences, x.b);
   if (t >= length) return;
-  const BackwardDirection& d = p.direction;
+  const BackwardRun& d = p.run;
   const Compute d_h = projects ? load<E>(p.d_hidden, x.at) : d_output<E>(p, x, d_h_after);
   const int64_t row = row_of(p.sequences, t, x.b), gates = row * kGates * p.hidden + x.i;
   Compute g[kGates];
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardPar
   const bool restarts = order.restarts(p.sequences, t, x.b, length);
   if (!restarts)
     c_before =
-        order.first(t, length) ? load<E>(d.c_0, x.at) : cell(row_of(p.sequences, p.reverse ? t + 1 : t - 1, x.b));
+        order.first(t, length) ? load<E>(d.c_0, x.at) : cell(row_of(p.sequences, p.run.reverse ? t + 1 : t - 1, x.b));
   if (p.hidden_states != nullptr)
     store<E>(p.hidden_states, row * p.hidden + x.i, cell_output<typename E::Math>(g[3], c));
   Compute& kept = state<E>(p.d_c, x.at);
@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardPar
 template <class E>
 __global__ void __launch_bounds__(kThreads) finish_backward(const StepBackwardParams p) {
   const Element2d h = own_element(p.hidden, p.outputs), c = own_element(p.hidden, p.hidden);
-  if (h.exists) store<E>(p.direction.d_h_0, h.at, carried<E>(p, h));
-  if (c.exists) store<E>(p.direction.d_c_0, c.at, state<E>(p.d_c, c.at));
+  if (h.exists) store<E>(p.run.d_h_0, h.at, carried<E>(p, h));
+  if (c.exists) store<E>(p.run.d_c_0, c.at, state<E>(p.d_c, c.at));
 }
 
 template <class E>

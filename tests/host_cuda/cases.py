@@ -39,7 +39,7 @@ BOUNDS = {
     "fp64": (3e-15, 4e-15),
 }
 
-Shape = tuple[int, int, int]  # octets, tiles, groups; zeros are the planner's choice
+Shape = tuple[int, ...]  # octets, tiles, groups, layers, steps of a run; zeros are the planner's choice
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Case:
     nan_at: tuple[str, int] | None = None  # x, h_0, c_0, w_hh of the first direction, or d_y, and which number is NaN
     gradients: tuple[bool, bool, bool] = (True, True, True)  # given: those of y, h_n and c_n
     needs: tuple[bool, ...] = (True,)  # gradients of x, the states, each weight in turn: repeated as often as needed
-    forward_shape: Shape = (0, 0, 0)
-    backward_shape: Shape = (0, 0, 0)
+    forward_shape: Shape = ()
+    backward_shape: Shape = ()
     device: tuple[int, int] = DEVICES[0]
     offset: int = 0  # by how many elements inputs miss an address that suits loads of 16 bytes
     poison: bool = True
@@ -265,6 +265,8 @@ def random_case(family: str, seed: int) -> Case:
         H = draw.choice([draw.randint(8, 64), draw.randint(8, 64), draw.randint(65, 96)])
         if draw.random() < 0.06:
             H, T, B, L, D = draw.choice([256, 300]), min(T, 3), min(B, 9), 1, 1
+    if family != "stepwise" and draw.random() < 0.4:  # several launches, of layers at the same time
+        T, L = draw.randint(5, 14), draw.choice([1, 2, 3])
     batch_sizes = lengths = None
     layout = draw.choice(["full", "full", "packed", "lengths"])
     if layout == "packed":
@@ -297,7 +299,7 @@ def random_case(family: str, seed: int) -> Case:
         data_seed=seed,
         seed=draw.randrange(2**32),
     )
-    while not all(runs(case, (0, 0, 0), backward) for backward in (False, True)):
+    while not all(runs(case, (), backward) for backward in (False, True)):
         case = replace(case, H=case.H // 2)
     return replace(
         case,
@@ -309,16 +311,18 @@ def random_case(family: str, seed: int) -> Case:
 def random_shape(draw: random.Random, case: Case, backward: bool) -> Shape:
     """A shape that the device can run, or the planner's choice."""
     if case.family == "stepwise":
-        return (0, 0, 0)
-    shape = draw.choice([0, 1, 2, 4]), draw.choice([0, 1, 2, 4, 8]), draw.choice([0, 0, 1, 2])
-    for candidate in (shape, (shape[0], 0, shape[2]), (0, 0, shape[2])):
-        if runs(case, candidate, backward):
-            return candidate
-    return (0, 0, 0)
+        return ()
+    octets, tiles, groups = draw.choice([0, 1, 2, 4]), draw.choice([0, 1, 2, 4, 8]), draw.choice([0, 0, 1, 2])
+    layers, run_steps = draw.choice([0, case.L]), draw.choice([0, 4, 8])
+    for candidate in ((octets, tiles, groups), (octets, 0, groups), (0, 0, groups)):
+        for whole in ((*candidate, layers, run_steps), (*candidate, 0, run_steps)):
+            if runs(case, whole, backward):
+                return whole
+    return ()
 
 
 def runs(case: Case, shape: Sequence[int], backward: bool) -> bool:
     """Whether the planner has a plan of this shape."""
     emulated.device(*case.device)
     with emulated.force(case.family, *shape):
-        return emulated.plan(backward, case.element, case.T, case.B, case.H, case.P, case.D) is not None
+        return emulated.plan(backward, case.element, case.T, case.B, case.H, case.P, case.L, case.D) is not None

@@ -96,7 +96,7 @@ def load(path: Path) -> ctypes.CDLL:
     _library.emulated_seed.argtypes = [ctypes.c_uint64]
     _library.emulated_poison.argtypes = [ctypes.c_bool]
     _library.emulated_launches.restype = ctypes.c_uint64
-    _library.emulated_plan.argtypes = [ctypes.c_bool, ctypes.c_int, *[ctypes.c_int64] * 5]
+    _library.emulated_plan.argtypes = [ctypes.c_bool, ctypes.c_int, *[ctypes.c_int64] * 6]
     _library.emulated_plan.restype = ctypes.c_char_p
     return _library
 
@@ -128,18 +128,20 @@ def launches() -> int:
 
 
 @contextlib.contextmanager
-def force(family: str = "", octets: int = 0, tiles: int = 0, groups: int = 0) -> Iterator[None]:
+def force(
+    family: str = "", octets: int = 0, tiles: int = 0, groups: int = 0, layers: int = 0, run_steps: int = 0
+) -> Iterator[None]:
     """Force a family and a shape; zeros and an empty name leave the choice to the planner."""
-    library().emulated_force(family.encode(), octets, tiles, groups)
+    library().emulated_force(family.encode(), octets, tiles, groups, layers, run_steps)
     try:
         yield
     finally:
-        library().emulated_force(b"", 0, 0, 0)
+        library().emulated_force(b"", 0, 0, 0, 0, 0)
 
 
-def plan(backward: bool, element: str, T: int, B: int, H: int, P: int = 0, D: int = 1) -> str | None:
+def plan(backward: bool, element: str, T: int, B: int, H: int, P: int = 0, L: int = 1, D: int = 1) -> str | None:
     """The plan of a pass under what is forced, in words; None if there is none."""
-    text = library().emulated_plan(backward, ELEMENTS.index(element), T, B, H, P, D).decode()
+    text = library().emulated_plan(backward, ELEMENTS.index(element), T, B, H, P, L, D).decode()
     return None if text.startswith("!") else text
 
 

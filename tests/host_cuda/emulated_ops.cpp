@@ -138,7 +138,7 @@ FASTLSTM_EXPORT void emulated_device(int sms, int shared_bytes) {
 // Whether memory is NaN when an operator gets it, or as its last owner left it.
 FASTLSTM_EXPORT void emulated_poison(bool poison) { fastlstm::cuda::Memory::instance().poison = poison; }
 // Zeros (and an empty name) leave the choice to the planner.
-FASTLSTM_EXPORT void emulated_force(const char* family, int octets, int tiles, int groups) {
+FASTLSTM_EXPORT void emulated_force(const char* family, int octets, int tiles, int groups, int layers, int run_steps) {
   using namespace fastlstm::cuda;
   Constraints constraints;
   for (const Family f : families())
@@ -146,11 +146,13 @@ FASTLSTM_EXPORT void emulated_force(const char* family, int octets, int tiles, i
   if (octets > 0) constraints.octets = octets;
   if (tiles > 0) constraints.tiles = tiles;
   if (groups > 0) constraints.groups = groups;
+  if (layers > 0) constraints.layers = layers;
+  if (run_steps > 0) constraints.run_steps = run_steps;
   set_forced(constraints);
 }
 // The plan of a pass under what is forced, or why there is none, preceded by "!". Elements are numbered as in plan.h.
 FASTLSTM_EXPORT const char* emulated_plan(bool backward, int element, int64_t steps, int64_t batch, int64_t hidden,
-                                          int64_t projection, int64_t directions) {
+                                          int64_t projection, int64_t layers, int64_t directions) {
   using namespace fastlstm::cuda;
   static std::string text;
   fastlstm::Problem p = {};
@@ -160,7 +162,7 @@ FASTLSTM_EXPORT const char* emulated_plan(bool backward, int element, int64_t st
   p.I = 1;
   p.H = hidden;
   p.P = projection;
-  p.layers = 1;
+  p.layers = layers;
   p.directions = directions;
   p.compute_bytes = static_cast<Element>(element) == Element::kFp64 ? 8 : 4;
   p.training = true;

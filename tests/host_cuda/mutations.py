@@ -91,6 +91,15 @@ WAVES = replace(PERSISTENT, B=27, D=1, forward_shape=(4, 1, 2), backward_shape=(
 # Directions one after the other.
 SMALL_DEVICE = replace(PERSISTENT, device=(4, DEVICES[0][1]), forward_shape=(2, 0, 0), backward_shape=(2, 0, 0))
 DEEP = replace(STEPWISE, L=2, dropout=True)
+# Steps of a pass in several launches; layers that run at the same time, the last group of which is not whole.
+RUNS = tuple(
+    replace(case, T=13, D=2, forward_shape=(0, 0, 0, 0, 4), backward_shape=(0, 0, 0, 0, 4))
+    for case in (PERSISTENT, RESIDENT)
+)
+LAYERS = tuple(
+    replace(case, L=3, D=1, dropout=True, forward_shape=(0, 0, 0, 2, 4), backward_shape=(0, 0, 0, 2, 4))
+    for case in RUNS
+)
 PROJECTED = replace(STEPWISE, P=5)
 
 _FUSED = (PERSISTENT, RESIDENT)
@@ -359,7 +368,7 @@ MUTATIONS = [
     Mutation(
         "h_0 is read from the exchange buffer",
         "cuda/persistent_forward.cu",
-        "«if (begins || n == 0) initial_ |= 1u << tile;»",
+        "«if (begins || first) initial_ |= 1u << tile;»",
         "",
         "nobody has put it there",
         (PERSISTENT,),
@@ -367,7 +376,7 @@ MUTATIONS = [
     Mutation(
         "in reverse, all columns begin at once",
         "cuda/persistent_forward.cu",
-        "const bool ragged = «order_.reverse && p_.sequences.lengths != nullptr»;",
+        "const bool ragged = «order_.reverse && p_.sequences.lengths != nullptr»,",
         "false",
         "a shorter sequence's h_0 comes through the exchange buffer, which cuts it to numbers below 2",
         (ragged(PERSISTENT), packed(PERSISTENT)),
@@ -383,7 +392,7 @@ MUTATIONS = [
     Mutation(
         "h_0 of another column tile",
         "cuda/persistent_forward.cu",
-        "row_vector<E>(d_.h_0, «column(tile)», p_.row_stride",
+        "row_vector<E>(states, «column(tile)», p_.row_stride",
         "column(0)",
         "the second tile begins with the first one's states",
         (TILES,),
@@ -425,8 +434,8 @@ MUTATIONS = [
     Mutation(
         "the last gradients are not published",
         "cuda/persistent_backward.cu",
-        "if («n < products») gradients.publish",
-        "n + 1 < products",
+        "if («n < last_product») gradients.publish",
+        "n + 1 < last_product",
         "the product that gives d_h_0 waits for ever",
         (SMALL,),
     ),
@@ -555,16 +564,16 @@ MUTATIONS = [
         (SMALL,),
     ),
     Mutation(
-        "a row behind the batch, forward",
-        "cuda/forward_tile.cuh",
+        "a row behind the batch",
+        "cuda/tile.cuh",
         "return unit(o) < p_.hidden && «column(e) < p_.sequences.batch»;",
         "column(e) <= p_.sequences.batch",
         "its states are written behind the tensor or over others",
         _FUSED,
     ),
     Mutation(
-        "a unit behind the last, forward",
-        "cuda/forward_tile.cuh",
+        "a unit behind the last",
+        "cuda/tile.cuh",
         "return «unit(o) < p_.hidden» && column",
         "unit(o) <= p_.hidden",
         "its states are written over the next row",
@@ -576,14 +585,6 @@ MUTATIONS = [
         "if («unit(o) >= p_.hidden») continue;",
         "unit(o) > p_.hidden",
         "it is written over the other direction",
-        _FUSED,
-    ),
-    Mutation(
-        "a row behind the batch, backward",
-        "cuda/backward_tile.cuh",
-        "return unit(o) < p_.hidden && «column(e) < p_.sequences.batch»;",
-        "column(e) <= p_.sequences.batch",
-        "its gradients are written behind the tensor or over others",
         _FUSED,
     ),
     Mutation(
@@ -734,25 +735,23 @@ MUTATIONS = [
     Mutation(
         "the second of two directions at once is the first",
         "cuda/persistent_forward.cu",
-        "const int second = «team >= p.groups»,",
-        "team > p.groups",
+        "const ForwardRun& d = p.run[«team / p.groups»];",
+        "(team - 1) / p.groups",
         "a direction is not computed",
         (PERSISTENT,),
     ),
     Mutation(
         "two directions at once go the same way",
-        "cuda/persistent_backward.cu",
-        "const Order order = {«second || p.reverse»};",
-        "bool(p.reverse)",
+        "cuda/cuda_ops.cpp",
+        "BackwardRun run = {};\n  run.reverse = «direction == 1»;",
+        "false",
         "the second direction runs backwards in time",
         (PERSISTENT,),
     ),
     Mutation(
         "the second direction alone goes forward",
         "cuda/cuda_ops.cpp",
-        "s.aligned({&gates_x[d]});\n  }\n"
-        "  for_each_launch(s, plan, [&](int direction, int directions, int first_column) {\n"
-        "    params.directions = directions;\n    params.reverse = «direction == 1»;",
+        "ForwardRun run = {};\n  run.reverse = «direction == 1»;",
         "false",
         "the second direction runs backwards in time",
         (SMALL_DEVICE,),
@@ -760,10 +759,124 @@ MUTATIONS = [
     Mutation(
         "waves overlap",
         "cuda/cuda_ops.cpp",
-        "launch(direction, at_once, «wave * plan.groups * plan.team.tiles * kColumns»);",
+        "params.first_column = «wave * plan.groups * plan.team.tiles * kColumns»;",
         "wave * plan.team.tiles * kColumns",
         "the last columns are not computed",
         (WAVES,),
+    ),
+    # Runs: parts of a pass, and layers at the same time.
+    Mutation(
+        "h of a run begins with h_0",
+        "cuda/sequences.cuh",
+        "return «run.begin > 0» ? run.carried_h : run.h_0;",
+        "false",
+        "the states of earlier steps are lost",
+        LAYERS,
+    ),
+    Mutation(
+        "sequences that begin late read what a run hands on",
+        "cuda/persistent_forward.cu",
+        "const void* const states = «initial_ & kFirst» ? initial_h(d_)",
+        "true",
+        "another CTA may have handed on its states already",
+        (replace(ragged(RUNS[0]), H=30, forward_shape=(1, 0, 0, 0, 4)),),
+    ),
+    Mutation(
+        "c of a run begins with c_0",
+        "cuda/forward_tile.cuh",
+        ": «d_.begin > 0» ? d_.carried_c",
+        "false",
+        "the states of earlier steps are lost",
+        LAYERS,
+    ),
+    Mutation(
+        "only the last run hands on its states",
+        "cuda/forward_tile.cuh",
+        "const bool last_run = «d_.end == p_.sequences.steps»;",
+        "d_.end != p_.sequences.steps",
+        "the runs before it do",
+        LAYERS,
+    ),
+    Mutation(
+        "inputs of another run",
+        "cuda/cuda_ops.cpp",
+        "«rows.first» * gates_x.stride(0) * gates_x.element_size());",
+        "0",
+        "gates_x begins with the run's first row",
+        RUNS,
+    ),
+    Mutation(
+        "a run goes on to the last step",
+        "cuda/persistent_forward.cu",
+        "n < «d.end»; ++n) {",
+        "p.sequences.steps",
+        "the next layer's steps are not ready",
+        LAYERS[:1],
+    ),
+    Mutation(
+        "d_h of a run begins with d_h_n",
+        "cuda/backward_tile.cuh",
+        "d_h_[o][e] = «d_.begin > 0» ?",
+        "false",
+        "the gradients of later steps are lost",
+        LAYERS,
+    ),
+    Mutation(
+        "d_c of a run begins with d_c_n",
+        "cuda/backward_tile.cuh",
+        "d_c_[o][e] = «d_.begin > 0» ?",
+        "false",
+        "the gradients of later steps are lost",
+        LAYERS,
+    ),
+    Mutation(
+        "a run's last product is left out",
+        "cuda/persistent_backward.cu",
+        "d.d_h_0 == nullptr && «d.end == p.sequences.steps» ?",
+        "true",
+        "the next run begins with it",
+        (replace(LAYERS[0], needs=(True, False)),),
+    ),
+    Mutation(
+        "a resident run's last product is left out",
+        "cuda/resident.cu",
+        "d.d_h_0 == nullptr && «d.end == p.sequences.steps» ?",
+        "true",
+        "the next run begins with it",
+        (replace(LAYERS[1], needs=(True, False)),),
+    ),
+    Mutation(
+        "cell states end with the run",
+        "cuda/backward_tile.cuh",
+        "const bool exists = «n <= d_.end» &&",
+        "n < d_.end",
+        "the last step reads the cell state before it",
+        LAYERS,
+    ),
+    Mutation(
+        "a layer does not wait for the one below",
+        "cuda/cuda_ops.cpp",
+        "const int begin = «(front - i) * plan.run_steps», end = std::min(begin + plan.run_steps, s.sequences.steps);\n"
+        "        const RowRange rows = s.rows_of_steps(d == 1",
+        "(front - i) * plan.run_steps + (i > 0 && front - i + 1 < chunks) * plan.run_steps",
+        "what it reads is being computed",
+        LAYERS,
+    ),
+    Mutation(
+        "a layer gets its gradient from another layer's weights",
+        "cuda/cuda_ops.cpp",
+        "multiply(s.element, d_y, rows.of(above.d_gates[0]), s.weights(«above.index», 0).w_ih);",
+        "above.index - 1",
+        "it comes through W_ih of the layer above",
+        (replace(LAYERS[0], L=4, forward_shape=(0, 0, 0, 4, 4), backward_shape=(0, 0, 0, 4, 4)),),
+    ),
+    Mutation(
+        "gradients do not go through the dropout between layers",
+        "cuda/cuda_ops.cpp",
+        "«if (s.dropout_mask.defined()) d_y.mul_(rows.of(s.dropout_mask[layers[i].index]));»",
+        "",
+        "dropped outputs have no gradient",
+        LAYERS,
     ),
     # Resets.
     Mutation(
@@ -785,7 +898,7 @@ MUTATIONS = [
     Mutation(
         "resets one step late",
         "cuda/forward_tile.cuh",
-        "restart_[e] = n + 1 < p_.sequences.steps && «restarts(n + 1, e)»;",
+        "restart_[e] = n + 1 < d_.end && «restarts(n + 1, e)»;",
         "restarts(n, e)",
         "states are zero before the marked step",
         _each(cut, _FUSED),
@@ -858,7 +971,7 @@ MUTATIONS = [
     Mutation(
         "d_c_n is left out",
         "cuda/backward_tile.cuh",
-        "d_c_[o][e] = «state(d_.d_c_n, o, e)»;",
+        "carried(d_.carried_d_c, o, e) : «state(d_.d_c_n, o, e)»;",
         "0.f",
         "it is where the gradient of c begins",
         _FUSED,
@@ -866,7 +979,7 @@ MUTATIONS = [
     Mutation(
         "persistent d_h_0 without the last product",
         "cuda/persistent_backward.cu",
-        "const int products = «d.d_h_0 == nullptr» ?",
+        "const int last_product = «d.d_h_0 == nullptr» &&",
         "true",
         "it is W_hh^T times the first step's gradients",
         (PERSISTENT,),
@@ -874,7 +987,7 @@ MUTATIONS = [
     Mutation(
         "resident d_h_0 without the last product",
         "cuda/resident.cu",
-        "const int products = «d.d_h_0 == nullptr» ?",
+        "const int last_product = «d.d_h_0 == nullptr» &&",
         "true",
         "it is W_hh^T times the first step's gradients",
         (RESIDENT,),
@@ -883,7 +996,7 @@ MUTATIONS = [
     Mutation(
         "stepwise: h_n is not stored",
         "cuda/stepwise.cu",
-        "«if (last) store<E>(p.direction.h_n, x.at, h);»",
+        "«if (last) store<E>(p.run.h_n, x.at, h);»",
         "",
         "it stays h_0",
         (STEPWISE,),
@@ -940,7 +1053,7 @@ MUTATIONS = [
     Mutation(
         "gradients do not go through the dropout",
         "cuda/cuda_ops.cpp",
-        "d_outputs_of_layer = «input_of_layer(s, l, d_input)»;",
+        "d_y_of_layer = «input_of_layer(s, lowest.index, d_input, {0, p.N})»;",
         "d_input",
         "dropped outputs have no gradient",
         (DEEP,),
@@ -964,7 +1077,7 @@ MUTATIONS = [
     Mutation(
         "padding reaches the gradient of W_ih",
         "cuda/cuda_ops.cpp",
-        "«if (s.padded() && l == 0) input = without_padding(s, input);»",
+        "«if (s.padded() && layer.index == 0) input = without_padding(s, input);»",
         "",
         "0 * NaN",
         (replace(ragged(STEPWISE), nan_at=("x", 2)),),
@@ -988,7 +1101,7 @@ MUTATIONS = [
     Mutation(
         "d_x has the second direction only",
         "cuda/cuda_ops.cpp",
-        "multiply(s.element, d_input, d_gates[d], w.w_ih, «d > 0»);",
+        "lowest.d_gates[d], s.weights(lowest.index, d).w_ih, «d > 0»);",
         "false",
         "it is the sum of both",
         (PERSISTENT,),
@@ -996,8 +1109,8 @@ MUTATIONS = [
     Mutation(
         "W_hr is applied to the rows of another step",
         "cuda/cuda_ops.cpp",
-        "s.product(«d_outputs[d].t()», hidden_states[d]);",
-        "d_outputs[d].roll(1, 0).t()",
+        "s.product(«layer.d_outputs[d].t()», layer.hidden_states[d]);",
+        "layer.d_outputs[d].roll(1, 0).t()",
         "a step's gradient belongs to its own hidden state",
         (PROJECTED,),
     ),
