@@ -7,6 +7,7 @@ instruction set through ``fastlstm.force``. The decisions themselves are made in
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,20 +82,21 @@ class CudaPlan:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The limits of a GPU that plans depend on: SMs, bytes of shared memory that a block can have, clock in GHz."""
+    """The limits of a GPU that plans depend on: SMs, bytes of shared memory of a block and of L2, clock in GHz."""
 
     sms: int
     shared_bytes: int
+    l2_bytes: int
     gigahertz: float
 
 
 #: GPUs for which :func:`plan` can be asked on any machine.
 GPUS = {
-    "A100": Gpu(108, 163 * 1024, 1.41),
-    "L4": Gpu(58, 99 * 1024, 2.04),
-    "H100": Gpu(132, 227 * 1024, 1.98),
-    "H200": Gpu(132, 227 * 1024, 1.98),
-    "B200": Gpu(148, 227 * 1024, 1.97),
+    "A100": Gpu(108, 163 * 1024, 40 << 20, 1.41),
+    "L4": Gpu(58, 99 * 1024, 48 << 20, 2.04),
+    "H100": Gpu(132, 227 * 1024, 50 << 20, 1.98),
+    "H200": Gpu(132, 227 * 1024, 50 << 20, 1.98),
+    "B200": Gpu(148, 227 * 1024, 126 << 20, 1.97),
 }
 
 
@@ -236,7 +238,7 @@ def force(
     """Overrule the planner inside a ``with`` block, for the whole process; for tests and benchmarks.
 
     ``isa``, ``split``, ``bulk_input`` and ``products`` are about the CPU; the others about CUDA's
-    families that keep weights in CTAs.
+    families but ``"stepwise"``.
 
     Args:
         plan: a family of :func:`plans`, or None for the planner's choice. Where a device has no family of this name, it
@@ -248,14 +250,14 @@ def force(
             with ``torch.backends.mkldnn.rnn.fp32_precision = "bf16"``; on a CPU without an instruction for them
             they are slow), or None: then they are used where they are allowed and fast.
         octets: groups of 8 hidden units that a CTA (``"resident"``: a warp) owns, or None.
-        tiles: groups of 8 rows of the batch that a team of CTAs runs at the same time, or None.
+        tiles: groups of 8 rows of the batch that a team of CTAs (``"streamed"``: a CTA) runs at the same time, or None.
         groups: the most teams for a direction or layer, or None.
         layers: how many layers run at the same time, each some steps behind the one that it reads, or None.
         run_steps: so many, rounded up to a multiple of 4: a launch computes this number of steps; or None.
 
     Raises:
-        ValueError: the name is unknown, this CPU lacks the instruction set, or a number is not positive. A forced plan that cannot run a
-            problem raises when the problem comes.
+        ValueError: the name is unknown, this CPU lacks the instruction set, or a number is not positive. A forced plan
+            that cannot run a problem raises when the problem comes.
     """
     before = _C.get_forced()
     _C.set_forced(plan, isa, split, bulk_input, products, octets, tiles, groups, layers, run_steps)
@@ -266,14 +268,20 @@ def force(
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, compiler, targets of the CUDA kernels (none: built without) and instruction sets, as plain values."""
+    """Versions, compiler, targets and kernels of CUDA (none: built without) and instruction sets, as plain values.
+
+    Of the CUDA kernels that take products: ``"persistent_forward x 39"``, its name and how many shapes and elements it
+    is compiled for, for each target.
+    """
     from fastlstm import __version__
 
+    kernels = Counter(kernel["function"] for kernel in _C.cuda_kernels()) if _C.cuda else Counter()
     return {
         "version": __version__,
         "torch_built": _C.torch_built,
         "torch_running": torch.__version__,
         "cuda": _C.cuda,
+        "cuda_kernels": [f"{name} x {count}" for name, count in kernels.items()],
         "compiler": _C.compiler,
         "isas_compiled": _C.isas_compiled(),
         "isas_available": _C.isas_available(),

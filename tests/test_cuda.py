@@ -8,6 +8,7 @@ wrong; afterwards come streams, graphs, stale memory, NaN and sizes beyond 32 bi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -29,7 +30,8 @@ from fastlstm.bench.workload import tf32_products
 from fastlstm.verify import compare
 
 DEVICE = "cuda"
-FAMILIES = ("stepwise", "resident", "persistent")
+FAMILIES = ("stepwise", "streamed", "resident", "persistent")
+HIDDEN_OF_FAMILIES = [("stepwise", 40), ("streamed", 40), ("resident", 40), ("persistent", 40), ("persistent", 512)]
 PRECISIONS = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -286,11 +288,11 @@ def forced(family: str | None) -> AbstractContextManager[None]:
     return fastlstm.force(plan=family)
 
 
-def check(case: Case, precision: str, family: str | None = None) -> None:
-    """Outputs in training and in inference and all gradients, by the family or as planned."""
+def check(case: Case, precision: str, family: str | None = None, force: bool = True) -> None:
+    """Outputs in training and in inference and all gradients, by the family, or as planned, or as is already forced."""
     case = replace(case, dtype=PRECISIONS[precision])
     problem = Problem.of(case)
-    with switched(precision), forced(family):
+    with switched(precision), forced(family) if force else contextlib.nullcontext():
         try:
             ours = problem.solve(_ops.lstm, case.dtype)
         except (ValueError, RuntimeError) as error:
@@ -309,12 +311,10 @@ def multiprocessors() -> int:
 
 def reaches(family: str, precision: str, H: int) -> bool:
     """Whether a family runs this hidden size, without a projection, on a GPU with enough multiprocessors."""
-    if family == "stepwise":
-        return True
-    if precision in ("fp32", "fp64"):
-        return False
-    largest = {"resident": 128, "persistent": 2048}[family]
-    return largest // 2 >= H if precision == "tf32" else largest >= H
+    if family == "stepwise" or precision == "fp64":
+        return family == "stepwise"
+    largest = {"resident": (128, 64, 32), "persistent": (2048, 1024, 512), "streamed": (H, H, H)}[family]
+    return largest[{"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]] >= H
 
 
 # Operators: the cases of the CPU, and the families over sizes of their own
@@ -384,18 +384,38 @@ def test_families_with_features(case: Case, precision: str, family: str) -> None
     check(case, precision, family)
 
 
+@pytest.mark.parametrize(("case", "precision", "family"), _with_families(FEATURES[::5], ["fp32"]))
+def test_families_in_full_float32(case: Case, precision: str, family: str) -> None:
+    check(case, precision, family)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize(("family", "H"), [("resident", 32), ("persistent", 32), ("persistent", 256)])
+def test_layers_at_the_same_time(family: str, H: int, precision: str) -> None:
+    plain = Case(T=13, B=9, I=6, H=H, L=3)
+    for case in (
+        plain,
+        replace(plain, resets=0.3, dropout=True),
+        replace(plain, lengths=(9, 13, 1, 5, 0, 2, 13, 4, 4)),
+    ):
+        for layers, steps in ((2, 4), (3, 4), (3, 8), (1, 4)):
+            with fastlstm.force(plan=family, layers=layers, run_steps=steps):
+                check(case, precision, force=False)
+
+
 @pytest.mark.parametrize(
-    ("precision", "case"),
+    ("family", "precision", "case"),
     [
-        ("bf16", Case(T=2, B=4, I=6, H=264, P=40)),
-        ("bf16", Case(T=2, B=4, I=6, H=4104)),
-        ("fp32", Case(T=2, B=4, I=6, H=64)),
-        ("fp64", Case(T=2, B=4, I=6, H=64)),
+        *((family, "bf16", Case(T=2, B=4, I=6, H=64, P=40)) for family in ("resident", "persistent", "streamed")),
+        *((family, "fp64", Case(T=2, B=4, I=6, H=64)) for family in ("resident", "persistent", "streamed")),
+        ("resident", "bf16", Case(T=2, B=4, I=6, H=136)),
+        ("resident", "fp32", Case(T=2, B=4, I=6, H=72)),
+        ("persistent", "bf16", Case(T=2, B=4, I=6, H=4104)),
+        ("persistent", "fp32", Case(T=2, B=4, I=6, H=2048)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["resident", "persistent"])
-def test_a_family_refuses_what_it_cannot_run(precision: str, case: Case, family: str) -> None:
+def test_a_family_refuses_what_it_cannot_run(family: str, precision: str, case: Case) -> None:
     problem = Problem.of(replace(case, dtype=PRECISIONS[precision]))
     with switched(precision), forced(family), pytest.raises((ValueError, RuntimeError), match="the forced plan cannot"):
         problem.outputs()
@@ -441,7 +461,7 @@ def _misaligned(tensor: Tensor) -> Tensor:
     return storage[1:].view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.parametrize(("family", "H"), [("stepwise", 64), ("resident", 64), ("persistent", 64), ("persistent", 512)])
+@pytest.mark.parametrize(("family", "H"), HIDDEN_OF_FAMILIES)
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_misaligned_and_strided_tensors(family: str, H: int, precision: str) -> None:
     problem = Problem.of(Case(T=4, B=9, I=8, H=H, dtype=PRECISIONS[precision]))
@@ -693,7 +713,7 @@ def test_lengths_are_packing_and_padding(kwargs: dict[str, Any], lengths_on: str
     torch.testing.assert_close((y, states), (expected_y, expected_states), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "H"), [("stepwise", 40), ("resident", 40), ("persistent", 40), ("persistent", 512)])
+@pytest.mark.parametrize(("family", "H"), HIDDEN_OF_FAMILIES)
 def test_steps_behind_the_end_are_not_read(family: str, H: int) -> None:
     ours = FastLSTM(20, H, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(9, 6, 20, device=DEVICE).bfloat16()
@@ -708,7 +728,7 @@ def test_steps_behind_the_end_are_not_read(family: str, H: int) -> None:
             assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize(("family", "H"), [("stepwise", 40), ("resident", 40), ("persistent", 40), ("persistent", 512)])
+@pytest.mark.parametrize(("family", "H"), HIDDEN_OF_FAMILIES)
 def test_nothing_passes_a_reset(family: str, H: int) -> None:
     ours = FastLSTM(20, H, 2, device=DEVICE, dtype=torch.bfloat16)
     x, h_0, c_0 = (torch.randn(s, device=DEVICE).bfloat16() for s in ((9, 6, 20), (2, 6, H), (2, 6, H)))
@@ -730,7 +750,7 @@ def test_nothing_passes_a_reset(family: str, H: int) -> None:
 # NaN and infinity
 
 
-@pytest.mark.parametrize(("family", "H"), [("stepwise", 40), ("resident", 40), ("persistent", 40), ("persistent", 512)])
+@pytest.mark.parametrize(("family", "H"), HIDDEN_OF_FAMILIES)
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("where", ["x", "infinity in x", "h_0", "c_0", "w_hh", "bias"])
 def test_nan_spreads_as_in_the_reference(family: str, H: int, precision: str, where: str) -> None:
@@ -755,6 +775,7 @@ def test_nan_spreads_as_in_the_reference(family: str, H: int, precision: str, wh
 
 DETERMINISM = [
     ("stepwise", Case(T=12, B=17, I=24, H=100, D=2)),
+    ("streamed", Case(T=12, B=37, I=24, H=300, D=2)),
     ("resident", Case(T=40, B=100, I=24, H=128, D=2)),
     ("resident", Case(T=40, B=1030, I=24, H=64)),
     ("persistent", Case(T=40, B=64, I=24, H=512)),
@@ -781,7 +802,7 @@ def poison(byte: int) -> None:
 
 
 @pytest.mark.parametrize("byte", [0xFF, 0x7F, 0x3F, 0x00])
-@pytest.mark.parametrize(("family", "case"), DETERMINISM[:4], ids=str)
+@pytest.mark.parametrize(("family", "case"), DETERMINISM[:5], ids=str)
 def test_nothing_depends_on_what_memory_held(family: str, case: Case, byte: int) -> None:
     lengths = tuple(case.T * b // case.B for b in range(case.B))
     for variant in (case, replace(case, lengths=lengths, resets=0.2)):
@@ -828,7 +849,7 @@ def test_200_calls_of_different_shapes_back_to_back() -> None:
 
 def test_on_a_stream_of_the_caller() -> None:
     """The input comes late on that stream: work on another one would read what was there before."""
-    for family, H in (("stepwise", 64), ("resident", 64), ("persistent", 512)):
+    for family, H in (("stepwise", 64), ("streamed", 64), ("resident", 64), ("persistent", 512)):
         ours = FastLSTM(24, H, device=DEVICE, dtype=torch.bfloat16)
         new = torch.randn(9, 17, 24, device=DEVICE).bfloat16()
         d_y = torch.randn(9, 17, H, device=DEVICE).bfloat16()
@@ -888,7 +909,8 @@ def _capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-GRAPHS = [("stepwise", 40), ("resident", 64), ("resident", 128), ("persistent", 64), ("persistent", 512)]
+GRAPHS = [("stepwise", 40), ("streamed", 40), *((f, H) for f in ("resident", "persistent") for H in (64, 128))]
+GRAPHS += [("persistent", 512)]
 
 
 @pytest.mark.parametrize(("family", "H"), GRAPHS)

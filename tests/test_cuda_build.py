@@ -4,12 +4,14 @@ These tests read the machine code in the extension module itself and need no GPU
 to look at; with them, the tools that read it have to be there.
 """
 
+import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from host_cuda.cubins import Instruction, Kernel, kernels, ptx_symbols, table
+from host_cuda.cubins import Instruction, Kernel, kernels, ptx_symbols, shared_memory, table
 
 from fastlstm import _C, build_info
 
@@ -17,50 +19,72 @@ TARGETS = build_info()["cuda"]
 FILE = Path(_C.__file__)
 with_kernels = pytest.mark.skipif(not TARGETS, reason="built without CUDA kernels")
 
-STEP_KERNELS = ("persistent_forward", "persistent_backward", "resident_forward", "resident_backward")
+# All steps in one kernel, and a kernel for each step.
+LOOP_KERNELS = ("persistent_forward", "persistent_backward", "resident_forward", "resident_backward")
+STREAMED_KERNELS = ("streamed_forward", "streamed_backward")
+
+
+def named(pattern: str, instructions: tuple[Instruction, ...]) -> list[str]:
+    """Those whose opcode begins so."""
+    return [str(each) for each in instructions if re.match(pattern, each.opcode)]
 
 
 def faults(kernel: Kernel) -> Iterator[str]:
-    """What is wrong with a kernel that runs all steps of a layer."""
-
-    def of(pattern: str, instructions: tuple[Instruction, ...] = kernel.instructions) -> list[str]:
-        return [str(each) for each in instructions if re.match(pattern, each.opcode)]
-
+    """What is wrong with a kernel that takes products."""
     loop = kernel.step_loop
-    forward, persistent = "forward" in kernel.function, "persistent" in kernel.function
+    of = functools.partial(named, instructions=kernel.instructions)
+    in_loop = functools.partial(named, instructions=loop)
+    forward = "forward" in kernel.function
     # Local memory is memory: what spills is loaded again in every step.
     if kernel.stack or kernel.local:
         yield f"{kernel.stack + kernel.local} bytes of local memory per thread"
     if spilled := of("LDL|STL"):
-        yield f"local memory: {spilled}, in the step loop: {of('LDL|STL', loop)}"
+        yield f"local memory: {spilled}, in the loop: {in_loop('LDL|STL')}"
     # The planner knows of dynamic shared memory alone. From sm_90 on, the system has 1 KB of every block.
     if kernel.shared != (1024 if int(re.sub(r"\D", "", kernel.target)) >= 90 else 0):
         yield f"{kernel.shared} bytes of static shared memory"
     # A fence waits for all stores that are under way, y and the saved gates too. The exchange is made to do without.
     if fences := of("MEMBAR|FENCE|ERRBAR|CCTL"):
         yield f"fences: {fences}"
-    # Two MMAs for each tile of weights, in float32 for each of three products of parts. All of them are in the loop,
-    # which is unrolled by whole rounds of blocks.
-    assert kernel.octets_and_blocks is not None
-    octets, blocks = kernel.octets_and_blocks
+    # Two MMAs for each tile of weights and a block of K (streamed: and a tile of columns); in float32 for each of three
+    # products of parts. All of them are in the loop, which is unrolled by whole rounds.
+    octets, size = kernel.sizes
     m_tiles = 2 * octets if forward else -(-octets // 2)
-    in_one_product = 2 * m_tiles * blocks * (3 if kernel.element == "Fp32" else 1)
+    in_one_product = 2 * m_tiles * size * (3 if kernel.element == "Fp32" else 1)
     shape = "HMMA.1688.F32.TF32" if kernel.element in ("Tf32", "Fp32") else "HMMA.16816.F32"
-    products = of(re.escape(shape), loop)
+    products = in_loop(re.escape(shape))
     if not products or len(products) % in_one_product or len(products) != kernel.products:
-        yield f"{len(products)} x {shape} in the step loop, which takes {in_one_product}, of {kernel.products} products"
-    if len(barriers := of("BAR", loop)) != 1:
+        yield f"{len(products)} x {shape} in the loop, which takes {in_one_product}, of {kernel.products} products"
+    yield from (faults_of_streamed if kernel.function in STREAMED_KERNELS else faults_of_steps)(kernel)
+
+
+def faults_of_steps(kernel: Kernel) -> Iterator[str]:
+    """What is wrong with a kernel whose loop goes over the steps."""
+    in_loop = functools.partial(named, instructions=kernel.step_loop)
+    persistent = "persistent" in kernel.function
+    if len(barriers := in_loop("BAR")) != 1:
         yield f"barriers in the step loop: {barriers}"
-    if not of(r"LDGSTS\..*\b128\b", loop):
+    if not in_loop(r"LDGSTS\..*\b128\b"):
         yield "inputs are not copied to shared memory asynchronously, 16 bytes at a time"
     # At GPU scope, loads and stores that are relaxed meet in L2 and order nothing else.
-    if persistent and not of(r"LDG\..*\b128\.STRONG\.GPU", loop):
+    if persistent and not in_loop(r"LDG\..*\b128\.STRONG\.GPU"):
         yield "states are not loaded from L2, 16 bytes at a time"
-    kind, store = ("words", r"STG\.E\.STRONG\.GPU") if forward else ("packets", r"STG\.E\.128\.STRONG\.GPU")
-    if persistent and not of(store, loop):
+    words, packets = ("words", r"STG\.E\.STRONG\.GPU"), ("packets", r"STG\.E\.128\.STRONG\.GPU")
+    kind, store = words if "forward" in kernel.function else packets
+    if persistent and not in_loop(store):
         yield f"states are not stored to L2 as {kind}"
-    if not persistent and (strong := of(r".*\bSTRONG\b")):
+    if not persistent and (strong := named(r".*\bSTRONG\b", kernel.instructions)):
         yield f"a resident kernel exchanges nothing, but there is {strong}"
+
+
+def faults_of_streamed(kernel: Kernel) -> Iterator[str]:
+    """What is wrong with a kernel for one step, whose loop goes over the blocks of K."""
+    in_loop = functools.partial(named, instructions=kernel.step_loop)
+    loads = in_loop(r"LDG\.")
+    if not loads or any(".128" not in load for load in loads):
+        yield f"weights and states are not loaded 16 bytes at a time: {loads}"
+    if others := in_loop("BAR|LDS|STS|STG"):
+        yield f"more than loads and products in the loop: {others}"
 
 
 @with_kernels
@@ -71,11 +95,13 @@ def test_every_kernel_is_there_for_every_target() -> None:
     assert set(symbols) == set(TARGETS)
     everything = set().union(*symbols.values())
     assert {target: everything - found for target, found in symbols.items()} == {target: set() for target in TARGETS}
-    assert {kernel.function for kernel in kernels(FILE)} > set(STEP_KERNELS)
+    counts = Counter(kernel.function for kernel in kernels(FILE) if kernel.products and kernel.target == TARGETS[-1])
+    assert counts.keys() == {*LOOP_KERNELS, *STREAMED_KERNELS}
+    assert sorted(build_info()["cuda_kernels"]) == sorted(f"{name} x {count}" for name, count in counts.items())
 
 
 @with_kernels
-@pytest.mark.parametrize("function", STEP_KERNELS)
+@pytest.mark.parametrize("function", [*LOOP_KERNELS, *STREAMED_KERNELS])
 def test_kernels_keep_everything_on_chip_and_order_no_more_than_they_must(function: str) -> None:
     of_function = [kernel for kernel in kernels(FILE) if kernel.function == function]
     found = [f"{kernel}: {fault}" for kernel in of_function for fault in faults(kernel)]
@@ -84,10 +110,26 @@ def test_kernels_keep_everything_on_chip_and_order_no_more_than_they_must(functi
 
 
 @with_kernels
+def test_elementwise_kernels_access_16_bytes_of_the_compute_type() -> None:
+    for function in ("cells_forward", "cells_backward"):
+        of_function = [kernel for kernel in kernels(FILE) if kernel.function == function]
+        assert {(kernel.element, *kernel.sizes) for kernel in of_function} == {
+            *(("Bf16", 1), ("Bf16", 4), ("Fp16", 1), ("Fp16", 4), ("Fp32", 1), ("Fp32", 4), ("Fp64", 1), ("Fp64", 2))
+        }
+        for kernel in of_function:
+            narrow = named(r"(LDG|STG)\.E(?!\.(64|128|U8)\b)", kernel.instructions)  # U8: the reset mask
+            wide = named(r"(LDG|STG)\.E\.128\b", kernel.instructions)
+            vectors = kernel.sizes != (1,)
+            assert bool(wide) == vectors, f"{kernel}: {wide}"
+            assert not vectors or not narrow, f"{kernel}: {narrow}"
+
+
+@with_kernels
 def test_table() -> None:
-    rows = table(kernels(FILE)).splitlines()
+    rows = table(kernels(FILE), shared_memory()).splitlines()
     assert len(rows) == 2 + len({kernel.name for kernel in kernels(FILE)})
     assert all(row.count("|") == rows[0].count("|") for row in rows)
+    assert shared_memory().keys() == {kernel.name for kernel in kernels(FILE) if kernel.products}
 
 
 # A made-up persistent_forward<Bf16, 1, 1>: a step loop from 0x10 to 0xa0 as nvcc lays them out, the polling at the end.
@@ -135,9 +177,9 @@ def test_a_step_loop_is_found_whole() -> None:
     ("change", "fault"),
     [
         (lambda code: code.replace("STG.E [R2.64],R8", "MEMBAR.SC.GPU"), "fences: ['MEMBAR.SC.GPU']"),
-        (lambda code: code + "LDL R0,[R1]", "local memory: ['LDL R0,[R1]'], in the step loop: []"),
+        (lambda code: code + "LDL R0,[R1]", "local memory: ['LDL R0,[R1]'], in the loop: []"),
         (lambda code: code.replace("HMMA", "FFMA"), "0 x HMMA"),
-        (lambda code: code.replace("HMMA", "FFMA", 1), "3 x HMMA.16816.F32 in the step loop, which takes 4"),
+        (lambda code: code.replace("HMMA", "FFMA", 1), "3 x HMMA.16816.F32 in the loop, which takes 4"),
         (lambda code: code.replace("LDGSTS", "LDG"), "asynchronously"),
         (lambda code: code.replace("BAR.", "WARPSYNC."), "barriers in the step loop: []"),
         (lambda code: code.replace("LDG.E.128.STRONG", "LDG.E.64.STRONG"), "not loaded from L2"),

@@ -19,8 +19,9 @@ from host_cuda import emulated
 from host_cuda.cases import DEVICES, Case, check, computed, make_inputs, random_case
 from torch import Tensor
 
-FUSED = ["resident", "persistent"]
-FAMILIES = ["stepwise", *FUSED]
+FUSED = ["resident", "persistent"]  # they keep weights in CTAs
+OURS = ["streamed", *FUSED]  # they take the recurrent products themselves
+FAMILIES = ["stepwise", *OURS]
 MULTIPLIED = ["bf16", "fp16", "tf32", "fp32"]  # by tensor cores
 
 CASES_PER_FAMILY = 200
@@ -58,7 +59,7 @@ def test_random_problems(family: str, first: int) -> None:
 
 
 @pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", OURS)
 @pytest.mark.parametrize("place", ["x", "h_0", "c_0", "w_hh", "d_y"])
 def test_nan_goes_where_it_belongs(family: str, element: str, place: str) -> None:
     """One NaN reaches exactly the results that depend on it, and no wait is endless."""
@@ -73,7 +74,7 @@ def test_nan_goes_where_it_belongs(family: str, element: str, place: str) -> Non
 
 
 @pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", OURS)
 def test_initial_states_of_any_size(family: str, element: str) -> None:
     """Of what CTAs exchange, only h_0 can be larger than 1, and its bits are those that say to which step it belongs.
 
@@ -123,6 +124,19 @@ def test_persistent_backward_variant(element: str, octets: int, blocks: int, bef
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_streamed_variants(backward: bool) -> None:
+    for kind, octets, tiles, _ in variants(f"kStreamed{'Backward' if backward else 'Forward'}Variants"):
+        for element in [kind] if kind == "fp32" else [kind, "fp16", "tf32"]:
+            # Tails of units, of columns and of the blocks of K; more than a CTA of each.
+            for H, B in ((8 * octets + 13, 8 * tiles + 3), (300, 8 * tiles)):
+                case = Case("streamed", element, T=3, B=B, I=1, H=H)
+                if backward:
+                    check(replace(case, backward_shape=(octets, tiles)), forward_family="stepwise")
+                else:
+                    check(replace(case, forward_shape=(octets, tiles)), backward=False)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_resident_variants(backward: bool) -> None:
     for kind, octets, blocks, before in variants(f"kResident{'Backward' if backward else 'Forward'}Variants"):
         sizes = set()
@@ -152,7 +166,7 @@ def test_every_schedule_gives_the_same_bits(family: str, element: str) -> None:
         assert equal(computed(replace(case, seed=seed), inputs), first), f"seed {seed}"
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", OURS)
 def test_memory_as_earlier_launches_left_it(family: str) -> None:
     """An exchange buffer that still holds another call's last steps must not be taken for this call's first."""
     for T, seed in itertools.product([1, 2, 3, 4], range(2)):
@@ -166,7 +180,7 @@ def test_memory_as_earlier_launches_left_it(family: str) -> None:
 
 
 @pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", OURS)
 def test_rows_do_not_depend_on_their_batch(family: str, element: str) -> None:
     # One feature: gates_x is then exact, whatever order torch's products add in.
     case = Case(family, element, T=3, B=19, I=1, H=24)
@@ -215,7 +229,7 @@ def test_a_pass_in_several_runs(family: str, element: str) -> None:
 
 @pytest.mark.parametrize("family", FUSED)
 def test_layers_at_the_same_time(family: str) -> None:
-    """A group of layers takes as many launches as the passes of one layer, and one more for each layer but the first."""
+    """A group of layers takes as many launches as one layer, and one more for each of the others."""
     for layers, at_once, launches in ((2, 2, 5), (3, 2, 9), (4, 4, 7), (5, 4, 11)):
         shape = (0, 0, 0, at_once, 4)
         case = Case(family, "bf16", T=14, B=9, I=2, H=20, L=layers, forward_shape=shape, backward_shape=shape)

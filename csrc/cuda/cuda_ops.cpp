@@ -118,8 +118,14 @@ class Stack {
   bool aligned(std::initializer_list<const Tensor*> tensors) const {
     const int64_t elements = 16 / storage_bytes(element);
     bool all = p.H % elements == 0;
-    for (const Tensor* t : tensors)
-      all = all && (!t->defined() || reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0);
+    for (const Tensor* t : tensors) all = all && is_aligned(*t);
+    return all;
+  }
+  // Whether kernels for single steps may load a few elements at once: 16 bytes of the compute type.
+  bool vectors(std::initializer_list<const Tensor*> tensors) const {
+    const int64_t elements = element == Element::kFp64 ? 2 : 4;
+    bool all = p.H % elements == 0 && p.P % elements == 0;
+    for (const Tensor* t : tensors) all = all && is_aligned(*t);
     return all;
   }
   // What the teams of a launch exchange their states through, with all tags as no first step has them.
@@ -159,6 +165,9 @@ class Stack {
   Sequences sequences = {};
 
  private:
+  static bool is_aligned(const Tensor& t) {
+    return !t.defined() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  }
   Tensor on_device(const std::vector<int64_t>& values) const {
     const Tensor on_host = at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())},
                                          at::dtype(ScalarType::Long));
@@ -247,21 +256,33 @@ ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, 
   return run;
 }
 
+// What launches for single steps have in common. The states between steps: h, as factors, and c.
+template <class Params>
+Params step_params(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x,
+                   const Tensor& w_hh, const Tensor& h, const Tensor& c) {
+  const Weights& w = s.weights(layer.index, direction);
+  const Tensor h_0 = s.h_0[layer.index * s.p.directions + direction];
+  Params params = {};
+  params.sequences = s.sequences;
+  params.hidden = static_cast<int>(s.p.H);
+  params.outputs = static_cast<int>(s.p.output_size());
+  params.y_stride = s.width();
+  params.vectors = s.vectors({&gates_x, &w.b_ih, &w.b_hh, &s.h_0, &s.c_0, &layer.y, &layer.h_n, &layer.c_n});
+  params.run = run_of(s, layer, direction, gates_x, {0, s.p.N}, w_hh, h_0);
+  params.h = h.data_ptr();
+  params.h_stride = static_cast<int>(h.size(1));
+  params.c = c.data_ptr();
+  return params;
+}
+
 void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input) {
   const Problem& p = s.p;
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, kGates * p.H}), h = s.empty({p.B, p.output_size()});
   const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N});
   Tensor hidden_state, projected;
-  StepForwardParams params = {};
-  params.sequences = s.sequences;
-  params.hidden = static_cast<int>(p.H);
-  params.outputs = static_cast<int>(p.output_size());
-  params.y_stride = s.width();
-  params.run = run_of(s, layer, direction, gates_x, {0, p.N}, w.w_hh, s.h_0[layer.index * p.directions + direction]);
+  auto params = step_params<StepForwardParams>(s, layer, direction, gates_x, w.w_hh, h, c);
   params.product = product.data_ptr();
-  params.h = h.data_ptr();
-  params.c = c.data_ptr();
   if (p.P > 0) {
     hidden_state = s.empty({p.B, p.H});
     projected = s.empty({p.B, p.P});
@@ -277,6 +298,26 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
     if (p.P == 0) continue;
     multiply(s.element, projected.narrow(0, 0, count), hidden_state.narrow(0, 0, count), w.w_hr.t());
     check(launch_outputs_forward(s.element, params, s.stream), "a forward step");
+  }
+}
+
+void streamed_forward(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input,
+                      const PassPlan& plan) {
+  const Problem& p = s.p;
+  const int bytes = storage_bytes(s.element),
+            stride = forward_blocks(static_cast<int>(p.H), bytes) * kBlockBytes / bytes;
+  const Tensor h[2] = {at::zeros({p.B, stride}, s.options), at::zeros({p.B, stride}, s.options)};
+  const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N}),
+               w_hh = s.factor_rows(s.weights(layer.index, direction).w_hh);
+  auto params = step_params<StreamedForwardParams>(s, layer, direction, gates_x, w_hh, h[0], c);
+  params.variant = {plan.team.octets, plan.team.tiles};
+  params.row_stride = s.row_stride();
+  check(launch_states_forward(s.element, params, s.stream), "a forward pass");
+  for (int n = 0; n < s.sequences.steps; ++n) {
+    params.n = n;
+    params.h_before = h[n % 2].data_ptr();
+    params.h = h[(n + 1) % 2].data_ptr();
+    check(launch_streamed_forward(s.element, params, s.stream), "a forward step");
   }
 }
 
@@ -359,21 +400,30 @@ BackwardRun run_of(const Stack& s, const LayerBackward& layer, int64_t direction
   return run;
 }
 
+// What launches for single steps have in common. Between steps: d_h and d_c.
+template <class Params>
+Params step_params(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& w_hh, const Tensor& d_h,
+                   const Tensor& d_c) {
+  Params params = {};
+  params.sequences = s.sequences;
+  params.hidden = static_cast<int>(s.p.H);
+  params.outputs = static_cast<int>(s.p.output_size());
+  params.y_stride = s.width();
+  params.vectors = s.vectors({&layer.gates, &layer.cells, &s.c_0, &layer.d_y, &layer.d_h_n, &layer.d_c_n});
+  params.run = run_of(s, layer, direction, w_hh);
+  params.d_h = d_h.data_ptr();
+  params.d_c = d_c.data_ptr();
+  return params;
+}
+
 void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direction) {
   const Problem& p = s.p;
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, p.output_size()}), d_h = s.empty_compute({p.B, p.output_size()});
   const Tensor d_c = s.empty_compute({p.B, p.H});
   Tensor d_hidden;
-  StepBackwardParams params = {};
-  params.sequences = s.sequences;
-  params.hidden = static_cast<int>(p.H);
-  params.outputs = static_cast<int>(p.output_size());
-  params.y_stride = s.width();
-  params.run = run_of(s, layer, direction, w.w_hh);
+  auto params = step_params<StepBackwardParams>(s, layer, direction, w.w_hh, d_h, d_c);
   params.product = product.data_ptr();
-  params.d_h = d_h.data_ptr();
-  params.d_c = d_c.data_ptr();
   if (p.P > 0) {
     d_hidden = s.empty({p.B, p.H});
     params.d_outputs = layer.d_outputs[direction].data_ptr();
@@ -393,6 +443,29 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   }
   params.n = s.sequences.steps;
   if (layer.d_h_0.defined()) check(launch_finish_backward(s.element, params, s.stream), "a backward pass");
+}
+
+void streamed_backward(const Stack& s, const LayerBackward& layer, int64_t direction, const PassPlan& plan) {
+  const Problem& p = s.p;
+  const Tensor d_h = s.empty_compute({p.B, p.H}), d_c = s.empty_compute({p.B, p.H});
+  const Tensor transposed = at::zeros({p.H, s.row_stride(), kGates}, s.options);
+  transposed.narrow(1, 0, p.H).copy_(
+      s.weights(layer.index, direction).w_hh.view({kGates, p.H, p.H}).permute({2, 1, 0}));
+  const Tensor gradients[2] = {at::zeros({p.B, s.row_stride() * kGates}, s.options),
+                               at::zeros({p.B, s.row_stride() * kGates}, s.options)};
+  auto params = step_params<StreamedBackwardParams>(s, layer, direction, Tensor(), d_h, d_c);
+  params.variant = {plan.team.octets, plan.team.tiles};
+  params.row_stride = s.row_stride() * kGates;
+  params.transposed_w_hh = transposed.data_ptr();
+  check(launch_states_backward(s.element, params, s.stream), "a backward pass");
+  // After the last step, its product gives d_h_0.
+  const int steps = s.sequences.steps, launches = layer.d_h_0.defined() ? steps + 1 : steps;
+  for (int n = 0; n < launches; ++n) {
+    params.n = n;
+    params.gradients_before = gradients[(n + 1) % 2].data_ptr();
+    params.gradients = gradients[n % 2].data_ptr();
+    check(launch_streamed_backward(s.element, params, s.stream), "a backward step");
+  }
 }
 
 // Layers from the highest on, each a run behind the one that it gets its d_y from.
@@ -458,9 +531,15 @@ Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t dire
     return gradient;
   }
   const Tensor previous = s.empty({p.N, p.output_size()});
-  PreviousOutputsParams params = {s.sequences,        reverse,      static_cast<int>(p.output_size()),
-                                  s.width(),          y.data_ptr(), h_0.data_ptr(),
-                                  previous.data_ptr()};
+  PreviousOutputsParams params = {};
+  params.sequences = s.sequences;
+  params.reverse = reverse;
+  params.vectors = s.vectors({&y, &h_0});
+  params.outputs = static_cast<int>(p.output_size());
+  params.y_stride = s.width();
+  params.y = y.data_ptr();
+  params.h_0 = h_0.data_ptr();
+  params.previous = previous.data_ptr();
   check(launch_previous_outputs(s.element, params, s.stream), "a backward pass");
   return s.product(d_gates.t(), previous);
 }
@@ -531,12 +610,16 @@ ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, c
         layers.push_back({l, below, out, h_n, c_n, save ? saved[0] : Tensor(), save ? saved[1] : Tensor()});
         below = out;
       }
-      if (plan.family != Family::kStepwise) {
+      if (plan.family == Family::kResident || plan.family == Family::kPersistent) {
         fused_forward(s, layers, plan);
         continue;
       }
       const Tensor input = input_of_layer(s, first, layers[0].below, {0, p.N});
-      for (int64_t d = 0; d < p.directions; ++d) stepwise_forward(s, layers[0], d, input);
+      for (int64_t d = 0; d < p.directions; ++d)
+        if (plan.family == Family::kStreamed)
+          streamed_forward(s, layers[0], d, input, plan);
+        else
+          stepwise_forward(s, layers[0], d, input);
     }
   }
   const auto as_states = [&](const Tensor& t) { return t.reshape(a.states.then(t.size(-1))); };
@@ -596,10 +679,11 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
       }
       layers.push_back(std::move(layer));
     }
-    if (plan.family == Family::kStepwise)
-      for (int64_t d = 0; d < p.directions; ++d) stepwise_backward(s, layers[0], d);
-    else
-      fused_backward(s, layers, plan);
+    if (plan.family == Family::kResident || plan.family == Family::kPersistent) fused_backward(s, layers, plan);
+    for (int64_t d = 0; d < p.directions; ++d) {
+      if (plan.family == Family::kStreamed) streamed_backward(s, layers[0], d, plan);
+      if (plan.family == Family::kStepwise) stepwise_backward(s, layers[0], d);
+    }
     for (const LayerBackward& layer : layers) gradients_of_weights(s, layer, call.has_bias, needs, d_weights);
 
     const LayerBackward& lowest = layers.back();

@@ -33,15 +33,12 @@ cudaError_t with_element(Element element, const F& f) {
   }
 }
 
-// Kernels::kernel<Octets, Blocks> of the compiled variant that has the shape's octets and blocks, or null.
-template <const auto& Variants, class Kernels>
-auto find_variant(const TeamShape& shape) {
+// Kernels::kernel<variant> of the compiled variant that is wanted, or null.
+template <const auto& Variants, class Kernels, class Variant>
+auto find_variant(const Variant& wanted) {
   return [&]<size_t... I>(std::index_sequence<I...>) {
-    decltype(Kernels::template kernel<Variants[0].octets, Variants[0].blocks>()) found = nullptr;
-    ((Variants[I].octets == shape.octets && Variants[I].blocks == shape.blocks
-          ? void(found = Kernels::template kernel<Variants[I].octets, Variants[I].blocks>())
-          : void()),
-     ...);
+    decltype(Kernels::template kernel<Variants[0]>()) found = nullptr;
+    ((Variants[I] == wanted ? void(found = Kernels::template kernel<Variants[I]>()) : void()), ...);
     return found;
   }(std::make_index_sequence<sizeof(Variants) / sizeof(Variants[0])>());
 }

@@ -22,6 +22,10 @@ cudaError_t launch_persistent_backward(Element element, const BackwardParams& pa
 cudaError_t launch_resident_forward(Element element, const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_resident_backward(Element element, const BackwardParams& params, cudaStream_t stream);
 
+// The streamed family: a step; with n = T, what d_h_0 and d_c_0 are.
+cudaError_t launch_streamed_forward(Element element, const StreamedForwardParams& params, cudaStream_t stream);
+cudaError_t launch_streamed_backward(Element element, const StreamedBackwardParams& params, cudaStream_t stream);
+
 // The stepwise family: h and c from h_0 and c_0; the cells of a step; what follows the projection of a step.
 cudaError_t launch_states_forward(Element element, const StepForwardParams& params, cudaStream_t stream);
 cudaError_t launch_cells_forward(Element element, const StepForwardParams& params, cudaStream_t stream);

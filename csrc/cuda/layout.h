@@ -40,6 +40,14 @@ struct TeamShape {
   int tiles;   // column tiles of a team
 };
 
+// What of it a kernel is compiled for.
+struct TeamVariant {
+  int octets, blocks;
+
+  constexpr bool operator==(const TeamVariant&) const = default;
+};
+constexpr TeamVariant variant_of(const TeamShape& shape) { return {shape.octets, shape.blocks}; }
+
 // How the factors of products are held: bytes of an element, and how many of its parts are multiplied. Full float32 has
 // two, its TF32 value and what that lacks: three products on tensor cores give nearly all bits of one.
 struct Factors {
@@ -55,9 +63,6 @@ constexpr int storage_bytes(Element e) {
 constexpr Factors factors_of(Element e) { return {storage_bytes(e), e == Element::kFp32 ? 2 : 1}; }
 
 // The shapes that are compiled.
-struct TeamVariant {
-  int octets, blocks;
-};
 template <int Parts>
 inline constexpr TeamVariant kForwardVariants[12] = {{1, 1}, {2, 1}, {4, 1}, {1, 2}, {2, 2}, {4, 2},
                                                      {1, 3}, {2, 3}, {1, 4}, {2, 4}, {1, 8}, {2, 8}};
@@ -126,6 +131,28 @@ constexpr int resident_warps(int hidden, int octets) { return ceil_div(hidden, o
 constexpr size_t resident_shared_bytes(int hidden, int octets, int blocks_of_k, size_t tile_bytes) {
   return static_cast<size_t>(2) * blocks_of_k * kWarpThreads * 16 +
          resident_warps(hidden, octets) * octets * tile_bytes;
+}
+
+// The streamed family: what a CTA has of the weights and of the batch.
+struct StreamedVariant {
+  int octets, tiles;
+
+  constexpr bool operator==(const StreamedVariant&) const = default;
+};
+template <int Parts>
+inline constexpr StreamedVariant kStreamedForwardVariants[4] = {{1, 1}, {1, 4}, {2, 4}, {2, 8}};
+template <>
+inline constexpr StreamedVariant kStreamedForwardVariants<2>[2] = {{1, 1}, {1, 4}};
+template <int Parts>
+inline constexpr StreamedVariant kStreamedBackwardVariants[4] = {{2, 1}, {2, 4}, {4, 4}, {4, 8}};
+template <>
+inline constexpr StreamedVariant kStreamedBackwardVariants<2>[3] = {{2, 1}, {2, 4}, {4, 4}};
+// CTAs of an SM that registers are kept for: one may load while another multiplies.
+constexpr int streamed_ctas_of_sm(int m_tiles, int tiles, int parts) {
+  return parts == 1 && m_tiles * tiles <= 4 ? 2 : 1;
+}
+constexpr size_t streamed_shared_bytes(const StreamedVariant& variant, int values_per_cell) {
+  return partial_bytes(variant.octets * variant.tiles, values_per_cell) / 2;  // no step waits for another
 }
 
 // Bytes of the two buffers through which one team exchanges what its next products read.

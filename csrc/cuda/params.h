@@ -25,16 +25,16 @@ struct ForwardRun {
   bool reverse;  // the layer's direction goes back in time
   int begin, end;
   const void* gates_x;  // S [N, 4H], W_ih x without biases, of which only rows of these steps exist; may be `gates`
-  const void* w_hh;  // S [4H, row_stride]
-  const void* b_ih;  // S [4H], or null
-  const void* b_hh;  // S [4H], or null, as b_ih
-  const void* h_0;   // S [B, row_stride]
-  const void* c_0;   // S [B, H]
-  void* y;           // S [N, y_stride], of which this direction fills H columns from here on
-  void* h_n;         // S [B, H]
-  void* c_n;         // S [B, H]
-  void* gates;       // S [N, 4H], activations i, f, g, o for backward; or null
-  void* cells;       // [N, H] in the compute type, c_t for backward; or null
+  const void* w_hh;     // S [4H, row_stride]
+  const void* b_ih;     // S [4H], or null
+  const void* b_hh;     // S [4H], or null, as b_ih
+  const void* h_0;      // S [B, row_stride]
+  const void* c_0;      // S [B, H]
+  void* y;              // S [N, y_stride], of which this direction fills H columns from here on
+  void* h_n;            // S [B, H]
+  void* c_n;            // S [B, H]
+  void* gates;          // S [N, 4H], activations i, f, g, o for backward; or null
+  void* cells;          // [N, H] in the compute type, c_t for backward; or null
   void* carried_h;   // S [B, row_stride], zero behind H: states between this run and others; null if it is the only one
   float* carried_c;  // [B, H]
 };
@@ -80,16 +80,19 @@ struct StepParams {
   Sequences sequences;
   int hidden, outputs;
   int64_t y_stride;
-  int n;    // the n-th step of the pass; T after the last of a backward pass
-  Run run;  // all steps of a direction
+  bool vectors;  // all rows of states, of y and of what is saved begin at multiples of the size of 4 (float64: 2)
+                 // elements
+  int n;         // the n-th step of the pass; T after the last of a backward pass
+  Run run;       // all steps of a direction
 };
 
 struct StepForwardParams : StepParams<ForwardRun> {
   const void* product;    // S [B, 4H]: W_hh h
   const void* projected;  // S [B, P]: W_hr hidden_state; null without a projection
   void* hidden_state;     // S [B, H]: h_t before its projection; null without one
-  void* h;                // S [B, P]: what the product of the next step reads
-  void* c;                // [B, H] in the compute type: the cell states
+  void* h;                // S [B, h_stride]: what the product of the next step reads
+  int h_stride;
+  void* c;  // [B, H] in the compute type: the cell states
 };
 
 struct StepBackwardParams : StepParams<BackwardRun> {
@@ -104,12 +107,28 @@ struct StepBackwardParams : StepParams<BackwardRun> {
 // Makes the second factor of the gradient of W_hh: what each step read as h.
 struct PreviousOutputsParams {
   Sequences sequences;
-  bool reverse;
+  bool reverse, vectors;
   int outputs;
   int64_t y_stride;
   const void* y;    // S [N, y_stride], from the direction's first column on
   const void* h_0;  // S [B, P]
   void* previous;   // S [N, P]; zero where the column does not have the step
+};
+
+// One step by the streamed family, which takes the product itself, and no projection. Rows that are factors are zero
+// behind what they hold and aligned to 16 bytes.
+struct StreamedForwardParams : StepForwardParams {
+  StreamedVariant variant;
+  int row_stride;        // of W_hh
+  const void* h_before;  // as h, whose rows are whole blocks of K: what this step's product reads
+};
+
+struct StreamedBackwardParams : StepBackwardParams {
+  StreamedVariant variant;
+  int row_stride;                // whole blocks of K: gate g of unit i is element 4 i + g
+  const void* transposed_w_hh;   // S [H, row_stride]
+  const void* gradients_before;  // S [B, row_stride]: of the gates, by the step before
+  void* gradients;               // likewise, by this step
 };
 
 }  // namespace fastlstm::cuda

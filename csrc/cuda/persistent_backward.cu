@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
 
 template <class E>
 struct Kernels {
-  template <int Octets, int Blocks>
+  template <TeamVariant V>
   static auto kernel() {
-    return &persistent_backward<E, Octets, Blocks>;
+    return &persistent_backward<E, V.octets, V.blocks>;
   }
 };
 
@@ -165,7 +165,7 @@ struct Kernels {
 
 cudaError_t launch_persistent_backward(Element element, const BackwardParams& params, cudaStream_t stream) {
   const auto run = [&]<class E>(E) {
-    const auto kernel = find_variant<kBackwardVariants<E::kParts>, Kernels<E>>(params.team);
+    const auto kernel = find_variant<kBackwardVariants<E::kParts>, Kernels<E>>(variant_of(params.team));
     const LaunchShape shape = {params.runs * params.groups * team_ctas(params.hidden, params.team.octets),
                                kTeamWarps * kWarpThreads, backward_shared_bytes(params.team, Words<E>::kFactors), true};
     return launch(kernel, shape, stream, params);

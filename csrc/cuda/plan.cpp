@@ -7,6 +7,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../cell.h"
+
 namespace fastlstm::cuda {
 
 namespace {
@@ -18,17 +20,19 @@ constexpr double kHandOff = 480;  // from the store of a state to its arrival at
 constexpr double kL2Bytes = 38;   // bytes per cycle and SM from L2
 constexpr double kMma = 6.5;      // of one tensor core per MMA of 16 x 8 x 16 elements of 16 bits, 4 cores per SM
 constexpr double kMmaLatency = 33;
-constexpr double kSharedBytes = 128;  // bytes per cycle and SM from shared memory
-constexpr double kReduction = 190;    // sums of all warps, through shared memory and a barrier
-constexpr double kCell = 100;         // the cells of a tile ...
-constexpr double kPublish = 40;       // ... and their way into the exchange buffer
-constexpr double kExposed = 0.3;      // part of the smaller of (load, multiply) that the larger does not hide
-constexpr double kBarrier = 75;       // of one CTA, with the first load from shared memory behind it
-constexpr double kLaunch = 6;         // microseconds: weights into registers, launch, filling the exchange buffer
-constexpr double kRunProducts = 8;    // microseconds that cutting a product over all steps costs, per run
-constexpr double kLibraryStep = 10;   // microseconds of a step whose product is a library call: host time
-constexpr double kLibraryRate = 0.4;  // of the tensor cores' peak that such a product reaches, if it is large
-constexpr double kElementwise = 3e6;  // bytes per microsecond of device memory
+constexpr double kSharedBytes = 128;   // bytes per cycle and SM from shared memory
+constexpr double kReduction = 190;     // sums of all warps, through shared memory and a barrier
+constexpr double kCell = 100;          // the cells of a tile ...
+constexpr double kPublish = 40;        // ... and their way into the exchange buffer
+constexpr double kExposed = 0.3;       // part of the smaller of (load, multiply) that the larger does not hide
+constexpr double kBarrier = 75;        // of one CTA, with the first load from shared memory behind it
+constexpr double kLaunch = 6;          // microseconds: weights into registers, launch, filling the exchange buffer
+constexpr double kRunProducts = 8;     // microseconds that cutting a product over all steps costs, per run
+constexpr double kLibraryStep = 10;    // microseconds of a step whose product is a library call: host time
+constexpr double kLibraryRate = 0.4;   // of the tensor cores' peak that such a product reaches, if it is large
+constexpr double kMemoryBytes = 3e6;   // bytes per microsecond of device memory
+constexpr double kStepLaunch = 2;      // microseconds from the end of a step's kernel to the next one's start
+constexpr double kStepLatency = 1800;  // of a kernel for one step: first loads, sums of all warps, cells
 }  // namespace cost
 
 bool has_mma(Element e) { return e != Element::kFp64; }
@@ -53,6 +57,12 @@ double resident_step_cycles(int m_tiles, int blocks, int parts, int warps, int o
   return cost::kBarrier + mmas * cost::kMma / 4 + cost::kMmaLatency + cost::kCell * octets + cost::kPublish;
 }
 
+// Microseconds to read the recurrent weights anew in each step, if L2 does not hold them with what else a step takes.
+double weights_from_memory(const Problem& p, Element e, const Device& d) {
+  const double bytes = static_cast<double>(4 * p.H * p.output_size()) * storage_bytes(e);
+  return bytes > 0.7 * static_cast<double>(d.l2_bytes) ? bytes / cost::kMemoryBytes : 0;
+}
+
 // Microseconds per step of the stepwise family.
 double stepwise_microseconds(const Problem& p, Element e, const Device& d) {
   const double rows = static_cast<double>(p.N) / static_cast<double>(std::max<int64_t>(p.T, 1));
@@ -64,10 +74,31 @@ double stepwise_microseconds(const Problem& p, Element e, const Device& d) {
                        : e == Element::kTf32 ? 512
                                              : 1024);
   const double bytes = rows * H * 12 * storage_bytes(e);
-  const double launches = p.P > 0 ? 2 : 1;
-  return static_cast<double>(p.directions) *
-         (std::max(launches * cost::kLibraryStep, multiply_adds / (peak * cost::kLibraryRate)) +
-          bytes / cost::kElementwise);
+  const double products = p.P > 0 ? 2 : 1, kernels = 2 * products;
+  const double of_gpu = kernels * cost::kStepLaunch + bytes / cost::kMemoryBytes +
+                        std::max(multiply_adds / (peak * cost::kLibraryRate), weights_from_memory(p, e, d));
+  return static_cast<double>(p.directions) * std::max(products * cost::kLibraryStep, of_gpu);
+}
+
+PassPlan streamed_plan(const Problem& p, Element e, const Device& d, const StreamedVariant& variant, bool backward) {
+  const Factors f = factors_of(e);
+  const int hidden = static_cast<int>(p.H), column_tiles = static_cast<int>((p.B + kColumns - 1) / kColumns);
+  const int m_tiles = backward ? backward_m_tiles(variant.octets) : forward_m_tiles(variant.octets),
+            blocks = backward ? backward_blocks(hidden, f.bytes) : forward_blocks(hidden, f.bytes);
+  PassPlan plan;
+  plan.family = Family::kStreamed;
+  plan.team = {variant.octets, 0, variant.tiles};
+  plan.groups = ceil_div(column_tiles, variant.tiles);
+  plan.ctas = team_ctas(hidden, variant.octets) * plan.groups;
+  plan.shared_bytes = streamed_shared_bytes(variant, backward ? 1 : kGates);
+  plan.waves = 1;
+  const double turns = ceil_div(plan.ctas, d.sms), rows = 16.0 * m_tiles + kColumns * variant.tiles;
+  const double load = turns * rows * blocks * kBlockBytes / cost::kL2Bytes,
+               multiply = turns * mmas_per_warp(m_tiles, blocks, f.parts) * variant.tiles * cost::kMma / 4;
+  plan.microseconds = static_cast<double>(p.directions) *
+                      (cost::kStepLaunch + cost::kStepLatency / (d.gigahertz * 1e3) +
+                       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, e, d)));
+  return plan;
 }
 
 using Variants = std::span<const TeamVariant>;
@@ -82,6 +113,7 @@ bool is_smallest(const TeamVariant& variant, int blocks, Variants variants) {
 struct Pass {
   bool backward;
   Variants persistent, resident;
+  std::span<const StreamedVariant> streamed;
 
   int blocks_of_k(int hidden, int bytes) const {
     return backward ? backward_blocks(hidden, bytes) : forward_blocks(hidden, bytes);
@@ -98,8 +130,9 @@ struct Pass {
 
 template <int Parts>
 Pass pass_with(bool backward) {
-  if (backward) return {backward, kBackwardVariants<Parts>, kResidentBackwardVariants<Parts>};
-  return {backward, kForwardVariants<Parts>, kResidentForwardVariants<Parts>};
+  if (backward)
+    return {backward, kBackwardVariants<Parts>, kResidentBackwardVariants<Parts>, kStreamedBackwardVariants<Parts>};
+  return {backward, kForwardVariants<Parts>, kResidentForwardVariants<Parts>, kStreamedForwardVariants<Parts>};
 }
 
 Pass pass_of(Element e, bool backward) {
@@ -147,8 +180,13 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
   PassPlan stepwise;
   stepwise.microseconds = stepwise_microseconds(p, e, d);
   plans.push_back(stepwise);
-  // A projected h is not bounded, and its product is one more exchange per step.
-  if (!has_mma(e) || p.P > 0 || p.H > 4096 || p.B == 0) return plans;
+  // A projection is one more product per step, and what it makes of h is not bounded.
+  if (!has_mma(e) || p.P > 0 || p.B == 0) return plans;
+  for (const StreamedVariant& variant : pass.streamed) {
+    PassPlan plan = streamed_plan(p, e, d, variant, pass.backward);
+    if (plan.shared_bytes <= static_cast<size_t>(d.shared_bytes)) plans.push_back(plan);
+  }
+  if (p.H > 4096) return plans;
   const Factors factors = factors_of(e);
   const int hidden = static_cast<int>(p.H), bytes = factors.bytes, directions = static_cast<int>(p.directions);
   const int blocks_of_k = pass.blocks_of_k(hidden, bytes), blocks_per_warp = ceil_div(blocks_of_k, kTeamWarps);
@@ -257,11 +295,40 @@ const char* family_name(Family family) {
   switch (family) {
     case Family::kStepwise: return "stepwise";
     case Family::kResident: return "resident";
-    default: return "persistent";
+    case Family::kPersistent: return "persistent";
+    default: return "streamed";
   }
 }
 
-std::vector<Family> families() { return {Family::kStepwise, Family::kResident, Family::kPersistent}; }
+std::vector<Family> families() {
+  return {Family::kStepwise, Family::kResident, Family::kPersistent, Family::kStreamed};
+}
+
+std::vector<CompiledKernel> compiled_kernels() {
+  std::vector<CompiledKernel> kernels;
+  for (const bool backward : {false, true})
+    for (const Element e : elements()) {
+      if (!has_mma(e)) continue;
+      const Factors factors = factors_of(e);
+      const Pass pass = pass_of(e, backward);
+      for (const TeamVariant& v : pass.resident) {
+        const int units = v.blocks * kBlockBytes / factors.bytes / (backward ? kGates : 1);
+        const size_t bytes =
+            pass.resident_bytes(std::min(units, kTeamWarps * v.octets * kOctet), v.octets, factors.bytes);
+        kernels.push_back({Family::kResident, backward, e, v.octets, v.blocks, bytes, bytes});
+      }
+      for (const TeamVariant& v : pass.persistent) {
+        const auto bytes = [&](int tiles) { return pass.shared_bytes({v.octets, v.blocks, tiles}, factors); };
+        kernels.push_back(
+            {Family::kPersistent, backward, e, v.octets, v.blocks, bytes(1), bytes(kTeamWarps / v.octets)});
+      }
+      for (const StreamedVariant& v : pass.streamed) {
+        const size_t bytes = streamed_shared_bytes(v, backward ? 1 : kGates);
+        kernels.push_back({Family::kStreamed, backward, e, v.octets, v.tiles, bytes, bytes});
+      }
+    }
+  return kernels;
+}
 
 PassPlan plan_forward(const Problem& problem, Element element, const Device& device, const Constraints& constraints) {
   return choose(problem, element, device, constraints, pass_of(element, false));
@@ -293,17 +360,16 @@ std::string describe(const PassPlan& plan, const Problem& problem) {
   text << family_name(plan.family);
   if (plan.family == Family::kStepwise) return text.str();
   const int teams = plan.groups * (plan.both_directions ? 2 : plan.layers);
-  text << " (" << teams;
-  if (plan.family == Family::kResident)
-    text << (teams == 1 ? " CTA" : " CTAs");
+  if (plan.family == Family::kPersistent)
+    text << " (" << teams << (teams == 1 ? " team of " : " teams of ")
+         << team_ctas(static_cast<int>(problem.H), plan.team.octets) << " CTAs";
   else
-    text << (teams == 1 ? " team of " : " teams of ") << team_ctas(static_cast<int>(problem.H), plan.team.octets)
-         << " CTAs";
+    text << " (" << plan.ctas << (plan.ctas == 1 ? " CTA" : " CTAs");
   text << ", " << plan.team.tiles * kColumns << " rows each";
   if (plan.waves > 1) text << ", " << plan.waves << " times";
   if (plan.layers > 1)
     text << ", " << plan.layers << " layers at a time, " << plan.run_steps << " steps apart";
-  else if (plan.run_steps < problem.T)
+  else if (plan.family != Family::kStreamed && plan.run_steps < problem.T)
     text << ", " << plan.run_steps << " steps per launch";
   text << ")";
   return text.str();

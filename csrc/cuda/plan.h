@@ -19,12 +19,14 @@ enum class Family {
   kStepwise,    // a library's products and an elementwise kernel per time step; accepts every legal problem
   kResident,    // a CTA keeps all recurrent weights of a direction and runs 8 rows of the batch
   kPersistent,  // teams of CTAs keep the recurrent weights and exchange states through L2
+  kStreamed,    // one kernel per time step, products and cells, reads the weights anew
 };
 
 // What a kernel can count on. Of the device that runs, or of any other for which a plan is asked.
 struct Device {
   int sms;
   int shared_bytes;  // of one block at most
+  int64_t l2_bytes;
   double gigahertz;  // clock of the SMs
 
   bool operator==(const Device&) const = default;
@@ -33,14 +35,15 @@ struct Device {
 // What the user has forced (`fastlstm.force`); the planner chooses the rest.
 struct Constraints {
   std::optional<Family> family;
-  std::optional<int> octets, tiles, groups, layers, run_steps;  // of the families that keep weights in CTAs
+  std::optional<int> octets, tiles;              // of all families but stepwise
+  std::optional<int> groups, layers, run_steps;  // of the families that keep weights in CTAs
 
   bool operator==(const Constraints&) const = default;
 };
 
 struct PassPlan {
   Family family = Family::kStepwise;
-  // Of the families that keep weights in CTAs:
+  // Of all families but stepwise:
   TeamShape team = {};
   int groups = 0;                // teams of a direction or layer, which split the batch
   bool both_directions = false;  // at the same time
@@ -54,6 +57,17 @@ struct PassPlan {
 
 const char* family_name(Family family);
 std::vector<Family> families();
+
+// A kernel that takes products, as it is compiled.
+struct CompiledKernel {
+  Family family;
+  bool backward;
+  Element element;
+  int octets, size;  // blocks of K (streamed: column tiles)
+  // Dynamic shared memory: with one column tile in a team, and with as many as it can have.
+  size_t least_shared_bytes, most_shared_bytes;
+};
+std::vector<CompiledKernel> compiled_kernels();
 
 // Each throws std::invalid_argument when nothing within the constraints can run the problem.
 PassPlan plan_forward(const Problem& problem, Element element, const Device& device, const Constraints& constraints);

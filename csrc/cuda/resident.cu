@@ -162,16 +162,16 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
 
 template <class E>
 struct ForwardKernels {
-  template <int Octets, int Blocks>
+  template <TeamVariant V>
   static auto kernel() {
-    return &resident_forward<E, Octets, Blocks>;
+    return &resident_forward<E, V.octets, V.blocks>;
   }
 };
 template <class E>
 struct BackwardKernels {
-  template <int Octets, int Blocks>
+  template <TeamVariant V>
   static auto kernel() {
-    return &resident_backward<E, Octets, Blocks>;
+    return &resident_backward<E, V.octets, V.blocks>;
   }
 };
 
@@ -187,17 +187,17 @@ cudaError_t launch_resident(void (*kernel)(Params), const Params& p, int blocks_
 
 cudaError_t launch_resident_forward(Element element, const ForwardParams& params, cudaStream_t stream) {
   return with_mma_element(element, [&]<class E>(E) {
-    return launch_resident(find_variant<kResidentForwardVariants<E::kParts>, ForwardKernels<E>>(params.team), params,
-                           forward_blocks(params.hidden, Words<E>::kBytes), forward_tile_bytes(Words<E>::kBytes),
-                           stream);
+    return launch_resident(
+        find_variant<kResidentForwardVariants<E::kParts>, ForwardKernels<E>>(variant_of(params.team)), params,
+        forward_blocks(params.hidden, Words<E>::kBytes), forward_tile_bytes(Words<E>::kBytes), stream);
   });
 }
 
 cudaError_t launch_resident_backward(Element element, const BackwardParams& params, cudaStream_t stream) {
   return with_mma_element(element, [&]<class E>(E) {
-    return launch_resident(find_variant<kResidentBackwardVariants<E::kParts>, BackwardKernels<E>>(params.team), params,
-                           backward_blocks(params.hidden, Words<E>::kBytes), backward_tile_bytes(Words<E>::kBytes),
-                           stream);
+    return launch_resident(
+        find_variant<kResidentBackwardVariants<E::kParts>, BackwardKernels<E>>(variant_of(params.team)), params,
+        backward_blocks(params.hidden, Words<E>::kBytes), backward_tile_bytes(Words<E>::kBytes), stream);
   });
 }
 

@@ -41,7 +41,7 @@ Device ask(int index) {
                  index, " of compute capability ", major, ".", minor, ": ", cudaGetErrorString(runs),
                  "; build it again with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
   return {attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-          attribute(cudaDevAttrClockRate, index) * 1e-6};
+          attribute(cudaDevAttrL2CacheSize, index), attribute(cudaDevAttrClockRate, index) * 1e-6};
 }
 
 }  // namespace

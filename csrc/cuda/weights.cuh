@@ -7,6 +7,38 @@
 
 namespace fastlstm::cuda {
 
+// The A operands of the two MMAs of a tile of 16 rows and a block of K, from the 16 bytes that a lane has of row g and
+// of row g + 8.
+class OperandWords {
+ public:
+  static constexpr int kCount = 8;
+
+  __device__ __forceinline__ OperandWords(const uint4& low, const uint4& high)
+      : words_{low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w} {}
+  __device__ __forceinline__ uint32_t operator[](int j) const { return words_[j]; }
+
+ private:
+  uint32_t words_[kCount];
+};
+
+// first + second += A times B of a block of K: two MMAs for each product of parts, one to each of the sums, which may
+// be the same. a(part, j): word j of a part of A. `state`: the words of B, of 32-bit elements of two parts still whole.
+template <class E, class Operands>
+__device__ __forceinline__ void multiply_block(float (&first)[4], float (&second)[4], const uint4& state,
+                                               const Operands& a) {
+  // Of two parts each, the product of the small ones is left out; those with one of them come first.
+#pragma unroll
+  for (int parts = 2 * E::kParts - 2; parts >= 0; --parts) {
+    const int of_weights = parts == 2 ? 1 : 0, of_state = parts == 1 ? 1 : 0;
+    const auto b = [&](uint32_t word) { return E::kParts == 1 ? word : E::part(word, of_state); };
+    uint32_t words[OperandWords::kCount];
+#pragma unroll
+    for (int j = 0; j < OperandWords::kCount; ++j) words[j] = a(of_weights, j);
+    E::mma(first, words[0], words[1], words[2], words[3], b(state.x), b(state.y));
+    E::mma(second, words[4], words[5], words[6], words[7], b(state.z), b(state.w));
+  }
+}
+
 // Weights of one warp: MTiles tiles of 16 rows by Blocks blocks of K, as A operands, InRegisters of them in registers.
 template <class E, int MTiles, int Blocks, int InRegisters>
 class ResidentWeights {
@@ -21,8 +53,7 @@ class ResidentWeights {
     for (int m = 0; m < MTiles; ++m)
 #pragma unroll
       for (int b = 0; b < Blocks; ++b) {
-        const uint4 low = rows(m, 0, b), high = rows(m, 1, b);
-        const uint32_t words[kWords] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
+        const OperandWords words(rows(m, 0, b), rows(m, 1, b));
         const int i = m * Blocks + b;
 #pragma unroll
         for (int part = 0; part < E::kParts; ++part)
@@ -38,36 +69,21 @@ class ResidentWeights {
       }
   }
 
-  // sums[set][m] += weights of a block times state; two MMAs per tile and product of parts, which use the sets in turn.
+  // sums[set][m] += weights of a block times state, in turn to the sets.
   template <int Sets>
   __device__ __forceinline__ void multiply(float (&sums)[Sets][MTiles][4], int block, const uint4& state) const {
 #pragma unroll
     for (int m = 0; m < MTiles; ++m) {
       const int i = m * Blocks + block;
-      // Of two parts each, the product of the small ones is left out; those with one of them come first.
-#pragma unroll
-      for (int parts = 2 * E::kParts - 2; parts >= 0; --parts) {
-        const int of_weights = parts == 2 ? 1 : 0, of_state = parts == 1 ? 1 : 0;
-        uint32_t a[kWords];
-        if (i < InRegisters) {
-#pragma unroll
-          for (int j = 0; j < kWords; ++j) a[j] = registers_[i % InRegisters][of_weights][j];
-        } else {
-          const uint4 first = shared_[shared_vector(i, of_weights, 0)],
-                      second = shared_[shared_vector(i, of_weights, 1)];
-          const uint32_t words[kWords] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-#pragma unroll
-          for (int j = 0; j < kWords; ++j) a[j] = words[j];
-        }
-        const auto b = [&](uint32_t word) { return E::kParts == 1 ? word : E::part(word, of_state); };
-        E::mma(sums[0][m], a[0], a[1], a[2], a[3], b(state.x), b(state.y));
-        E::mma(sums[Sets - 1][m], a[4], a[5], a[6], a[7], b(state.z), b(state.w));
-      }
+      multiply_block<E>(sums[0][m], sums[Sets - 1][m], state, [&](int part, int j) {
+        if (i < InRegisters) return registers_[i % InRegisters][part][j];
+        return reinterpret_cast<const uint32_t*>(shared_ + shared_vector(i, part, j / 4))[j % 4];
+      });
     }
   }
 
  private:
-  static constexpr int kWords = 8;  // of a thread in a tile
+  static constexpr int kWords = OperandWords::kCount;
   static constexpr int shared_vector(int tile, int part, int half) {
     return (((tile - InRegisters) * E::kParts + part) * 2 + half) * kWarpThreads;
   }

@@ -254,8 +254,8 @@ def random_case(family: str, seed: int) -> Case:
     B = draw.choice([1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 20])
     # Gradients of very few units can cancel: then nothing but their rounding is left.
     least = 1 if element == "fp64" else 4
-    if family == "stepwise":
-        H = draw.randint(least, 20)
+    if family in ("stepwise", "streamed"):
+        H = draw.randint(least, 64 if family == "streamed" and draw.random() < 0.5 else 20)
         if draw.random() < 0.06:  # rows of more than one block
             H, T, B, L, D = draw.choice([256, 257, 300]), min(T, 3), min(B, 5), 1, 1
     elif family == "resident":
@@ -265,7 +265,7 @@ def random_case(family: str, seed: int) -> Case:
         H = draw.choice([draw.randint(8, 64), draw.randint(8, 64), draw.randint(65, 96)])
         if draw.random() < 0.06:
             H, T, B, L, D = draw.choice([256, 300]), min(T, 3), min(B, 9), 1, 1
-    if family != "stepwise" and draw.random() < 0.4:  # several launches, of layers at the same time
+    if family in ("resident", "persistent") and draw.random() < 0.4:  # several launches, of layers at the same time
         T, L = draw.randint(5, 14), draw.choice([1, 2, 3])
     batch_sizes = lengths = None
     layout = draw.choice(["full", "full", "packed", "lengths"])

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -47,7 +47,7 @@ class Kernel:
     @functools.cached_property
     def _parts(self) -> tuple[str, ...]:
         # The names of files that come before, as parts of anonymous namespaces, begin with a digit or an underscore.
-        template = r"\d+([a-z][a-z_]*)I(?:NS\d?_\d+(Bf16|Fp16|Tf32|Fp32|Full)(?:I([fd])E)?E)(?:Li(\d+)ELi(\d+)E)?E"
+        template = r"\d+([a-z][a-z_]*)I(?:NS\d?_\d+(Bf16|Fp16|Tf32|Fp32|Full)(?:I([fd])E)?E)((?:Li\d+E)*)E"
         found = re.search(template, self.symbol) or re.search(r"\d+([a-z][a-z_]*)()()()()Ev$", self.symbol)
         assert found, f"a kernel of unknown form: {self.symbol}"
         return tuple(part or "" for part in found.groups())
@@ -63,14 +63,14 @@ class Kernel:
         return {"f": "Fp32", "d": "Fp64"}.get(self._parts[2], self._parts[1])
 
     @property
-    def octets_and_blocks(self) -> tuple[int, int] | None:
-        """The shape for which it is compiled."""
-        return (int(self._parts[3]), int(self._parts[4])) if self._parts[3] else None
+    def sizes(self) -> tuple[int, ...]:
+        """What it is compiled for: octets, then blocks of K or column tiles; or the elements of a vector."""
+        return tuple(int(size) for size in re.findall(r"Li(\d+)E", self._parts[3]))
 
     @property
     def name(self) -> str:
         """``persistent_forward<Bf16, 2, 4>``."""
-        arguments = [part for part in (self.element, *map(str, self.octets_and_blocks or ())) if part]
+        arguments = [part for part in (self.element, *map(str, self.sizes)) if part]
         return self.function + (f"<{', '.join(arguments)}>" if arguments else "")
 
     def __str__(self) -> str:
@@ -183,7 +183,7 @@ def kernels(file: Path) -> tuple[Kernel, ...]:
             for cubin in sorted(Path(folder).glob("*.cubin"))
             for kernel in _kernels_of(cubin, target=cubin.suffixes[-2].removeprefix("."))
         ]
-    return tuple(sorted(found, key=lambda k: (k.function, k.element, k.octets_and_blocks or (), k.target)))
+    return tuple(sorted(found, key=lambda k: (k.function, k.element, k.sizes, k.target)))
 
 
 @functools.cache
@@ -198,19 +198,20 @@ def ptx_symbols(file: Path) -> dict[str, set[str]]:
     return found
 
 
-def table(listed: Iterable[Kernel]) -> str:
+def table(listed: Iterable[Kernel], shared: Mapping[str, str]) -> str:
     """A Markdown table, a row for each kernel and a column for each target.
 
-    A cell: registers / bytes of stack / instructions that take products / all instructions (of the step loop).
+    A cell: registers / bytes of stack / instructions that take products / all instructions (of the loop). ``shared``:
+    what stands in a column of its own, of kernels by name.
     """
     rows: dict[str, dict[str, Kernel]] = {}
     for kernel in listed:
         rows.setdefault(kernel.name, {})[kernel.target] = kernel
     targets = sorted({target for row in rows.values() for target in row}, key=lambda t: int(re.sub(r"\D", "", t)))
-    lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
+    lines = ["| kernel | KB | " + " | ".join(targets) + " |", "|---|---|" + "---|" * len(targets)]
     for name, row in rows.items():
         cells = [_cell(row[target]) if target in row else "" for target in targets]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {shared.get(name, '0')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -218,6 +219,21 @@ def _cell(kernel: Kernel) -> str:
     of_loop = f" ({len(kernel.step_loop)})" if kernel.products else ""
     stack = f"**{kernel.stack}**" if kernel.stack else "0"
     return f"{kernel.registers} / {stack} / {kernel.products} / {len(kernel.instructions)}{of_loop}"
+
+
+def shared_memory() -> dict[str, str]:
+    """Dynamic shared memory of the kernels that take products, in KB: with one column tile and with the most."""
+    from fastlstm import _C
+
+    elements = {"bfloat16": "Bf16", "float16": "Fp16", "tf32": "Tf32", "float32": "Fp32"}
+    found = {}
+    for kernel in _C.cuda_kernels():
+        octets, size = kernel["sizes"]
+        least, most = (f"{size / 1024:.0f}" for size in kernel["shared_bytes"])
+        found[f"{kernel['function']}<{elements[kernel['element']]}, {octets}, {size}>"] = (
+            least if least == most else f"{least}-{most}"
+        )
+    return found
 
 
 def main() -> None:
@@ -228,7 +244,7 @@ def main() -> None:
         from fastlstm import _C
 
         file = Path(_C.__file__)
-    print(table(kernels(file)))
+    print(table(kernels(file), shared_memory()))
 
 
 if __name__ == "__main__":

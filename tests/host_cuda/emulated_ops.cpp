@@ -20,7 +20,7 @@ namespace fastlstm::cuda {
 
 namespace {
 
-Device device = {132, 227 * 1024, 1.98};
+Device device = {132, 227 * 1024, 50 << 20, 1.98};
 
 // The memory that an operator asks torch for, between guards that show stray writes. What was freed is given out again,
 // newest first: as torch's allocator on a GPU does it, and so that a kernel meets what an earlier launch left behind.

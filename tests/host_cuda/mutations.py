@@ -91,6 +91,7 @@ WAVES = replace(PERSISTENT, B=27, D=1, forward_shape=(4, 1, 2), backward_shape=(
 # Directions one after the other.
 SMALL_DEVICE = replace(PERSISTENT, device=(4, DEVICES[0][1]), forward_shape=(2, 0, 0), backward_shape=(2, 0, 0))
 DEEP = replace(STEPWISE, L=2, dropout=True)
+STREAMED = replace(PERSISTENT, family="streamed", forward_shape=(1, 1), backward_shape=(2, 1))
 # Steps of a pass in several launches; layers that run at the same time, the last group of which is not whole.
 RUNS = tuple(
     replace(case, T=13, D=2, forward_shape=(0, 0, 0, 0, 4), backward_shape=(0, 0, 0, 0, 4))
@@ -103,7 +104,8 @@ LAYERS = tuple(
 PROJECTED = replace(STEPWISE, P=5)
 
 _FUSED = (PERSISTENT, RESIDENT)
-_ALL = (PERSISTENT, RESIDENT, STEPWISE)
+_STEPS = (STEPWISE, STREAMED)
+_ALL = (PERSISTENT, RESIDENT, STEPWISE, STREAMED)
 
 
 def _each(change: Callable[[Case], Case], cases: Iterable[Case]) -> tuple[Case, ...]:
@@ -638,8 +640,8 @@ MUTATIONS = [
     Mutation(
         "tensors that are not aligned count as aligned",
         "cuda/cuda_ops.cpp",
-        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == «0»",
-        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16",
+        "reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == «0»",
+        "reinterpret_cast<uintptr_t>(t.data_ptr()) % 16",
         "loads of 16 bytes need aligned addresses",
         (replace(PERSISTENT, H=72, offset=1), replace(RESIDENT, H=72, offset=1)),
     ),
@@ -994,44 +996,149 @@ MUTATIONS = [
     ),
     # The stepwise family.
     Mutation(
-        "stepwise: h_n is not stored",
-        "cuda/stepwise.cu",
-        "«if (last) store<E>(p.run.h_n, x.at, h);»",
+        "step by step: h_n is not stored",
+        "cuda/step_cells.cuh",
+        "«if (last) store<E>(p.run.h_n, x.in_rows_of(p.outputs), h);»",
         "",
         "it stays h_0",
-        (STEPWISE,),
+        _STEPS,
     ),
     Mutation(
-        "stepwise: a reset keeps h",
-        "cuda/stepwise.cu",
-        "store<E>(p.h, x.at, «restarts ? typename E::Compute(0) : h»);",
-        "h",
+        "step by step: a reset keeps h",
+        "cuda/step_cells.cuh",
+        "«if (!last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length)) clear(h);»",
+        "",
         "states are zero behind a cut",
-        (cut(STEPWISE),),
+        _each(cut, _STEPS),
     ),
     Mutation(
-        "stepwise: d_c goes through a reset",
-        "cuda/stepwise.cu",
-        "kept = «restarts ? Compute(0) : d_c»;",
-        "d_c",
+        "step by step: d_c goes through a reset",
+        "cuda/step_cells.cuh",
+        "«if (restarts_) clear(d_c_);»",
+        "",
         "nothing flows through a cut",
-        (cut(STEPWISE),),
+        _each(cut, _STEPS),
     ),
     Mutation(
-        "stepwise: gradients come from behind the end",
-        "cuda/stepwise.cu",
-        "if («before < length»)",
-        "true",
+        "step by step: gradients come from behind the end",
+        "cuda/step_cells.cuh",
+        "if («before >= length») {",
+        "p.n == 0",
         "the product of a step that a column does not have is not its gradient",
-        (ragged(STEPWISE), packed(STEPWISE)),
+        (*_each(ragged, _STEPS), packed(STEPWISE)),
     ),
     Mutation(
         "stepwise: an element behind the last",
         "cuda/stepwise.cu",
-        "place.row, place.i, «place.i < width»};",
-        "place.i <= width",
+        "const Place x = own_place<V>(p.hidden);\n  if («x.i >= p.hidden») return;\n  ForwardCells",
+        "x.i > p.hidden",
         "threads behind the last element write into the next row",
         (STEPWISE,),
+    ),
+    Mutation(
+        "stepwise: the parts of a row overlap",
+        "cuda/stepwise.cu",
+        "«(block_index() - row * blocks_of_row) * block_threads()» + thread_index()) * V};",
+        "(block_index() - row * blocks_of_row) * kWarpThreads",
+        "elements at the end of a long row are not computed",
+        (replace(STEPWISE, H=300, T=2, D=1), replace(STEPWISE, H=1200, T=2, D=1, B=3)),
+    ),
+    Mutation(
+        "stepwise: several elements at a time where rows do not allow it",
+        "cuda/cuda_ops.cpp",
+        "bool all = «p.H % elements == 0 && p.P % elements == 0»;",
+        "true",
+        "rows begin at addresses that such loads do not take",
+        (STEPWISE, PROJECTED),
+    ),
+    # The streamed family.
+    Mutation(
+        "streamed forward without its barrier",
+        "cuda/streamed.cu",
+        "to[kWarpThreads] = float4{i_f[1], i_f[3], g_o[1], g_o[3]};\n    }\n    «block_barrier();»",
+        "",
+        "sums are added before all warps have put theirs",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed backward without its barrier",
+        "cuda/streamed.cu",
+        "d_h[i % Octets % 2 * 2 + 1]};\n    }\n    «block_barrier();»",
+        "",
+        "sums are added before all warps have put theirs",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed: a warp leaves out every second block",
+        "cuda/streamed.cu",
+        "for (int first = warp; first < blocks; first += «kAtOnce * kTeamWarps»)",
+        "2 * kAtOnce * kTeamWarps",
+        "the product is over all of K",
+        (replace(STREAMED, H=300, T=2), replace(STREAMED, H=80, forward_shape=(), backward_shape=())),
+    ),
+    Mutation(
+        "streamed: columns behind the batch",
+        "cuda/streamed.cu",
+        "return i < Octets * Tiles && x.i < hidden_ && «x.b < batch_»;",
+        "true",
+        "there is no such row",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed: units behind the last",
+        "cuda/streamed.cu",
+        "return i < Octets * Tiles && «x.i < hidden_» &&",
+        "true",
+        "they are the next row's",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed: a column that has not begun loses its h",
+        "cuda/streamed.cu",
+        "«static_cast<Storage*>(p.h)[h] = static_cast<const Storage*>(p.h_before)[h];»",
+        "",
+        "in reverse, a shorter sequence begins later",
+        (ragged(STREAMED),),
+    ),
+    Mutation(
+        "streamed: second tiles of a warp are left out",
+        "cuda/streamed.cu",
+        "for (int i = warp; i < CellTiles; i += «kTeamWarps»)",
+        "CellTiles",
+        "a warp may have the cells of two",
+        (replace(STREAMED, B=64, T=2, forward_shape=(2, 8), backward_shape=(4, 8)),),
+    ),
+    Mutation(
+        "streamed: states come from the buffer that is written",
+        "cuda/cuda_ops.cpp",
+        "params.h_before = h[«n % 2»].data_ptr();",
+        "(n + 1) % 2",
+        "other CTAs still read it",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed: gradients come from the buffer that is written",
+        "cuda/cuda_ops.cpp",
+        "params.gradients_before = gradients[«(n + 1) % 2»].data_ptr();",
+        "n % 2",
+        "other CTAs still read it",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed: no launch for d_h_0",
+        "cuda/cuda_ops.cpp",
+        "launches = «layer.d_h_0.defined()» ? steps + 1 : steps;",
+        "false",
+        "it is the product of the last step",
+        (STREAMED,),
+    ),
+    Mutation(
+        "streamed: d_h of the other octet",
+        "cuda/streamed.cu",
+        "const float (&d_h)[4] = sums[i / Octets][«i % Octets / 2»];",
+        "0",
+        "a CTA of four octets has two MMA tiles of them",
+        (replace(STREAMED, backward_shape=(4, 4)),),
     ),
     Mutation(
         "what a step read as h, in reverse",

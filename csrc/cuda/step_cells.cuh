@@ -1,0 +1,259 @@
+// The cells of one time step, for the families that launch kernels step by step: what a thread does to V consecutive
+// elements of a row of a [B, H] or [B, P] state. Where the recurrent product comes from is a matter of the kernel.
+//
+// States that are carried from step to step are in the compute type, factors of products in the storage type.
+#pragma once
+
+#include "../cell.h"
+#include "elements.cuh"
+#include "params.h"
+#include "sequences.cuh"
+
+namespace fastlstm::cuda {
+
+// Of row b, the elements from i on.
+struct Place {
+  int b, i;
+
+  __device__ __forceinline__ int64_t in_rows_of(int width) const { return static_cast<int64_t>(b) * width + i; }
+};
+
+// V elements that are read and written at once: they begin at a multiple of their size.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Packed {
+  T values[V];
+};
+
+template <class E, int V>
+__device__ __forceinline__ void load(const void* from, int64_t at, typename E::Compute (&to)[V]) {
+  using Storage = typename E::Storage;
+  const auto packed = *reinterpret_cast<const Packed<Storage, V>*>(static_cast<const Storage*>(from) + at);
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = E::load(packed.values[v]);
+}
+template <class E, int V>
+__device__ __forceinline__ void store(void* to, int64_t at, const typename E::Compute (&from)[V]) {
+  using Storage = typename E::Storage;
+  Packed<Storage, V> packed;
+#pragma unroll
+  for (int v = 0; v < V; ++v) packed.values[v] = E::store(from[v]);
+  *reinterpret_cast<Packed<Storage, V>*>(static_cast<Storage*>(to) + at) = packed;
+}
+// The same of states in the compute type.
+template <class E, int V>
+__device__ __forceinline__ void load_state(const void* from, int64_t at, typename E::Compute (&to)[V]) {
+  load<Full<typename E::Compute>>(from, at, to);
+}
+template <class E, int V>
+__device__ __forceinline__ void store_state(void* to, int64_t at, const typename E::Compute (&from)[V]) {
+  store<Full<typename E::Compute>>(to, at, from);
+}
+template <class T, int V>
+__device__ __forceinline__ void clear(T (&values)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = T(0);
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+__device__ __forceinline__ int time_of(const StepForwardParams& p, int n) {
+  return Order{p.run.reverse}.time(n, p.sequences.steps);
+}
+
+// Puts out h_t, which a column has: into y, into what the next product reads, and into h_n after a sequence's last
+// step.
+template <class E, int V>
+__device__ __forceinline__ void put_out(const StepForwardParams& p, const Place& x, typename E::Compute (&h)[V]) {
+  const Order order = {p.run.reverse};
+  const int t = time_of(p, p.n), length = length_of(p.sequences, x.b);
+  store<E>(p.run.y, row_of(p.sequences, t, x.b) * p.y_stride + x.i, h);
+  const bool last = order.last(t, length);
+  if (last) store<E>(p.run.h_n, x.in_rows_of(p.outputs), h);
+  if (!last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length)) clear(h);
+  store<E>(p.h, x.in_rows_of(p.h_stride), h);
+}
+
+// The n-th step of V cells. Two calls, because the product is yet to be computed when the inputs can be loaded.
+template <class E, int V>
+class ForwardCells {
+  using Compute = typename E::Compute;
+
+ public:
+  __device__ __forceinline__ ForwardCells(const StepForwardParams& params, const Place& place, bool exists = true)
+      : p_(params),
+        x_(place),
+        t_(time_of(params, params.n)),
+        length_(exists ? length_of(params.sequences, place.b) : 0),
+        has_step_(exists && t_ < length_) {
+    if (!has_step()) return;
+    const Order order = {p_.run.reverse};
+    row_ = row_of(p_.sequences, t_, x_.b);
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) load<E>(p_.run.gates_x, of_gate(gate), a_[gate]);
+    if (p_.run.b_ih != nullptr) {
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate)
+        for (const void* bias : {p_.run.b_ih, p_.run.b_hh}) {
+          Compute b[V];
+          load<E>(bias, static_cast<int64_t>(gate) * p_.hidden + x_.i, b);
+#pragma unroll
+          for (int v = 0; v < V; ++v) a_[gate][v] += b[v];
+        }
+    }
+    if (order.restarts(p_.sequences, t_, x_.b, length_))
+      clear(c_);
+    else
+      load_state<E>(p_.c, x_.in_rows_of(p_.hidden), c_);
+  }
+
+  __device__ __forceinline__ bool has_step() const { return has_step_; }
+
+  // For cells that have the step. product: W_hh h.
+  __device__ __forceinline__ void finish(const Compute (&product)[kGates][V]) {
+    Compute h[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) a_[gate][v] += product[gate][v];
+      cell_state<typename E::Math>(a_[0][v], a_[1][v], a_[2][v], a_[3][v], c_[v]);
+      h[v] = cell_output<typename E::Math>(a_[3][v], c_[v]);
+    }
+    const int64_t at = x_.in_rows_of(p_.hidden);
+    store_state<E>(p_.c, at, c_);
+    if (Order{p_.run.reverse}.last(t_, length_)) store<E>(p_.run.c_n, at, c_);
+    if (p_.run.gates != nullptr) {
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.gates, of_gate(gate), a_[gate]);
+      store_state<E>(p_.run.cells, row_ * p_.hidden + x_.i, c_);
+    }
+    if (p_.hidden_state != nullptr)
+      store<E>(p_.hidden_state, at, h);
+    else
+      put_out<E>(p_, x_, h);
+  }
+
+ private:
+  // In rows of gates.
+  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
+
+  const StepForwardParams& p_;
+  const Place x_;
+  const int t_, length_;
+  const bool has_step_;
+  int64_t row_ = 0;
+  Compute a_[kGates][V], c_[V];
+};
+
+// ------------------------------------------------------------------------------------------------ backward
+
+__device__ __forceinline__ int time_of(const StepBackwardParams& p, int n) {
+  return Order{p.run.reverse}.time(p.sequences.steps - 1 - n, p.sequences.steps);
+}
+
+// d_h: the gradient of what step n gave to the steps that the forward pass computed after it. From step 1 on, it is the
+// product with the gradients of the step before, unless the column did not have that step.
+template <class E, int V>
+__device__ __forceinline__ void carry(const StepBackwardParams& p, const Place& x,
+                                      const typename E::Compute (&product)[V], typename E::Compute (&d_h)[V]) {
+  const int64_t at = x.in_rows_of(p.outputs);
+  const int before = p.n > 0 ? time_of(p, p.n - 1) : p.sequences.steps, length = length_of(p.sequences, x.b);
+  if (before >= length) {
+    load_state<E>(p.d_h, at, d_h);
+    return;
+  }
+  const bool restarts = Order{p.run.reverse}.restarts(p.sequences, before, x.b, length);
+#pragma unroll
+  for (int v = 0; v < V; ++v) d_h[v] = restarts ? typename E::Compute(0) : product[v];
+  store_state<E>(p.d_h, at, d_h);
+}
+
+// Adds what a column that has step n was given from outside.
+template <class E, int V>
+__device__ __forceinline__ void add_d_y(const StepBackwardParams& p, const Place& x, typename E::Compute (&d_h)[V]) {
+  if (p.run.d_y == nullptr) return;
+  typename E::Compute d_y[V];
+  load<E>(p.run.d_y, row_of(p.sequences, time_of(p, p.n), x.b) * p.y_stride + x.i, d_y);
+#pragma unroll
+  for (int v = 0; v < V; ++v) d_h[v] += d_y[v];
+}
+
+// After the last step.
+template <class E, int V>
+__device__ __forceinline__ void put_initial_d_h(const StepBackwardParams& p, const Place& x,
+                                                const typename E::Compute (&d_h)[V]) {
+  store<E>(p.run.d_h_0, x.in_rows_of(p.outputs), d_h);
+}
+template <class E, int V>
+__device__ __forceinline__ void put_initial_d_c(const StepBackwardParams& p, const Place& x) {
+  typename E::Compute d_c[V];
+  load_state<E>(p.d_c, x.in_rows_of(p.hidden), d_c);
+  store<E>(p.run.d_c_0, x.in_rows_of(p.hidden), d_c);
+}
+
+// The n-th step of V cells.
+template <class E, int V>
+class BackwardCells {
+  using Compute = typename E::Compute;
+
+ public:
+  using Gradients = Compute[kGates][V];
+
+  __device__ __forceinline__ BackwardCells(const StepBackwardParams& params, const Place& place, bool exists = true)
+      : p_(params),
+        x_(place),
+        t_(time_of(params, params.n)),
+        length_(exists ? length_of(params.sequences, place.b) : 0),
+        has_step_(exists && t_ < length_) {
+    if (!has_step()) return;
+    const Order order = {p_.run.reverse};
+    row_ = row_of(p_.sequences, t_, x_.b);
+    const int64_t at = x_.in_rows_of(p_.hidden);
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) load<E>(p_.run.gates, of_gate(gate), g_[gate]);
+    load_state<E>(p_.run.cells, row_ * p_.hidden + x_.i, c_);
+    load_state<E>(p_.d_c, at, d_c_);
+    restarts_ = order.restarts(p_.sequences, t_, x_.b, length_);
+    if (restarts_)
+      clear(c_before_);
+    else if (order.first(t_, length_))
+      load<E>(p_.run.c_0, at, c_before_);
+    else
+      load_state<E>(p_.run.cells, row_of(p_.sequences, p_.run.reverse ? t_ + 1 : t_ - 1, x_.b) * p_.hidden + x_.i,
+                    c_before_);
+  }
+
+  __device__ __forceinline__ bool has_step() const { return has_step_; }
+
+  // For cells that have the step. d_h: the whole gradient of h_t. Returns the gradients of the gates.
+  __device__ __forceinline__ const Gradients& finish(const Compute (&d_h)[V]) {
+    if (p_.hidden_states != nullptr) {
+      Compute h[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) h[v] = cell_output<typename E::Math>(g_[3][v], c_[v]);
+      store<E>(p_.hidden_states, row_ * p_.hidden + x_.i, h);
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      cell_backward<typename E::Math>(g_[0][v], g_[1][v], g_[2][v], g_[3][v], c_[v], c_before_[v], d_h[v], d_c_[v]);
+    if (restarts_) clear(d_c_);
+    store_state<E>(p_.d_c, x_.in_rows_of(p_.hidden), d_c_);
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.d_gates, of_gate(gate), g_[gate]);
+    return g_;
+  }
+
+ private:
+  // In rows of gates.
+  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
+
+  const StepBackwardParams& p_;
+  const Place x_;
+  const int t_, length_;
+  const bool has_step_;
+  int64_t row_ = 0;
+  bool restarts_ = false;
+  Gradients g_;
+  Compute c_[V], c_before_[V], d_c_[V];
+};
+
+}  // namespace fastlstm::cuda
