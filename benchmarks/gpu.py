@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
+import itertools
 import json
 import math
 import os
@@ -322,7 +322,7 @@ def run_bench(device: str, path: Path, seconds: float) -> bool:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A family, with the team's shape where one can be forced, on a problem of one layer with I = 16."""
+    """A family and what else is forced, on a problem of L layers with I = 16."""
 
     T: int
     B: int
@@ -331,39 +331,57 @@ class Candidate:
     family: str | None
     octets: int | None = None
     tiles: int | None = None
+    L: int = 1
+    layers: int | None = None
+    run_steps: int | None = None
 
     @property
     def key(self) -> str:
         """What identifies it in the JSON."""
-        team = "".join(f" {name}={v}" for name, v in (("octets", self.octets), ("tiles", self.tiles)) if v)
-        return f"H{self.H} B{self.B} {SHORT_DTYPES[self.dtype]} {self.family or 'planned'}{team}"
+        shape = "".join(f" {name}={value}" for name, value in self.shape.items())
+        layers = f"L{self.L}" if self.L > 1 else ""
+        return f"H{self.H} B{self.B}{layers} {SHORT_DTYPES[self.dtype]} {self.family or 'planned'}{shape}"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What is forced besides the family."""
+        names = ("octets", "tiles", "layers", "run_steps")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @contextlib.contextmanager
     def forced(self) -> Iterator[None]:
         """Overrules the planner."""
-        team = {k: v for k, v in (("octets", self.octets), ("tiles", self.tiles)) if v is not None}
         force: Any = fastlstm.force
-        with force(plan=self.family, **team):
+        with force(plan=self.family, **self.shape):
             yield
 
 
 def candidates(device: str) -> list[Candidate]:
-    """The planner's choice, each family, and each shape of a team; the sizes that tell most come first."""
+    """The planner's choice, each family, each shape, and ways to run layers; the sizes that tell most come first."""
     if device == "cpu":  # to try this script
         return [Candidate(4, 2, 8, "float32", family) for family in (None, *fastlstm.plans())]
     teams: list[tuple[str | None, int | None, int | None]] = [(None, None, None)]
     teams += [(family, None, None) for family in verification.CUDA_PLANS]
-    if "octets" in inspect.signature(fastlstm.force).parameters:
-        teams += [("resident", octets, None) for octets in (1, 2)]
-        teams += [("persistent", octets, tiles) for octets in (1, 2, 4) for tiles in (1, 2, 4, 8)]
+    teams += [("resident", octets, None) for octets in (1, 2)]
+    teams += [("persistent", octets, tiles) for octets in (1, 2, 4) for tiles in (1, 2, 4, 8)]
+    teams += [("streamed", octets, tiles) for octets in (1, 2, 4) for tiles in (1, 4, 8)]
+    layers = [(1, None), (None, None), (2, 32), (2, 64), (2, 128), (4, 64)]
+    stacks = [
+        Candidate(512, B, H, "bfloat16", None, L=L, layers=at_once, run_steps=steps)
+        for H, B, L in ((512, 16, 2), (512, 64, 2), (512, 16, 4), (1024, 16, 2), (128, 64, 2))
+        for at_once, steps in layers
+        if at_once is None or at_once <= L
+    ]
     sizes = [(512, 64), (1024, 16), (128, 64), (256, 64), (1024, 64), (512, 16), (768, 16), (512, 1), (256, 128)]
     sizes += [(512, 256), (2048, 16), (64, 256), (1024, 1), (768, 128), (128, 256), (2048, 64)]
-    return [
+    single = [
         Candidate(512, B, H, dtype, *team)
         for dtype in ("bfloat16", "float32", "float16")
         for H, B in (sizes if dtype == "bfloat16" else sizes[:5])
         for team in teams
     ]
+    first = 3 * len(teams)  # sizes, before the stacks
+    return single[:first] + stacks + single[first:]
 
 
 def _predicted(plan: Mapping[str, Any], pass_: str) -> float | None:
@@ -375,7 +393,7 @@ def _predicted(plan: Mapping[str, Any], pass_: str) -> float | None:
 
 
 def time_candidate(c: Candidate, device: str) -> dict[str, Any]:
-    """Microseconds per step of both passes, measured and predicted; of backward the recurrence alone.
+    """Microseconds per step and layer of both passes, measured and predicted; of backward the recurrence alone.
 
     With I = 16 and no gradient of weights and input asked for, the products over all steps hardly count.
     """
@@ -386,10 +404,14 @@ def time_candidate(c: Candidate, device: str) -> dict[str, Any]:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
     x, d_y = draw(c.T, c.B, 16), draw(c.T, c.B, c.H)
-    weights = [draw(4 * c.H, n) / c.H**0.5 for n in (16, c.H)] + [draw(4 * c.H) for _ in range(2)]
-    h_0, c_0 = draw(1, c.B, c.H), draw(1, c.B, c.H)
+    weights = []
+    for layer in range(c.L):
+        weights += [draw(4 * c.H, n) / c.H**0.5 for n in (c.H if layer else 16, c.H)] + [
+            draw(4 * c.H) for _ in range(2)
+        ]
+    h_0, c_0 = draw(c.L, c.B, c.H), draw(c.L, c.B, c.H)
     reduced = c.dtype == "float32"
-    options = (None, None, None, None, 1, False, True, reduced)
+    options = (None, None, None, None, c.L, False, True, reduced)
     operators = torch.ops.fastlstm
     result: dict[str, Any] = {}
     place: dict[str, Any] = {} if device == "cpu" else {"device": device}
@@ -398,13 +420,13 @@ def time_candidate(c: Candidate, device: str) -> dict[str, Any]:
     def measure(call: Callable[[], Any]) -> dict[str, float]:
         call()
         t = timing.measure({"": call}, budget_s=0.04, sample_s=0.002, min_samples=5, seconds_of=clock)[""]
-        return {"us_per_step": t.median_s * 1e6 / c.T, "spread": t.spread}
+        return {"us_per_step": t.median_s * 1e6 / (c.T * c.L), "spread": t.spread}
 
     with torch.no_grad():
         y, _, _, saved = operators.lstm(x, weights, h_0, c_0, *options, True)
         with c.forced():
             try:
-                plan = fastlstm.plan(T=c.T, B=c.B, I=16, H=c.H, dtype=dtype, training=True, **place).to_dict()
+                plan = fastlstm.plan(T=c.T, B=c.B, I=16, H=c.H, L=c.L, dtype=dtype, training=True, **place).to_dict()
                 result["plan"] = plan
                 result["predicted"] = {pass_: _predicted(plan, pass_) for pass_ in ("forward", "backward")}
             except (ValueError, TypeError) as error:
@@ -441,11 +463,10 @@ def run_families(device: str, path: Path, seconds: float) -> bool:
     before = record.machine(device)
     results: dict[str, Any] = {}
     keys = [candidate.key for candidate in candidates(device)]
-    forced = "octets" in inspect.signature(fastlstm.force).parameters
 
     def save() -> None:
         document = {"machine": before, "versions": record.versions(), "flags": record.flags()}
-        record.write(path, {**document, "teams_forced": forced, "of": len(keys), "candidates": results})
+        record.write(path, {**document, "of": len(keys), "candidates": results})
 
     for message in supervise("families", device, keys, deadline):
         results[message.pop("end")] = message
@@ -462,23 +483,25 @@ def run_families(device: str, path: Path, seconds: float) -> bool:
 def run_tiny(device: str) -> bool:
     """Every family once forward and backward on problems small enough for a sanitizer."""
     families = verification.CUDA_PLANS if device != "cpu" else tuple(fastlstm.plans())
-    sizes = [(3, 9, 24, 40), (2, 3, 7, 33)]
-    for family in families:
-        for dtype in (torch.bfloat16, torch.float32):
-            for T, B, I, H in sizes:  # noqa: E741
-                for bidirectional in (False, True):
-                    with fastlstm.force(plan=family):
-                        module = fastlstm.FastLSTM(I, H, bidirectional=bidirectional, device=device, dtype=dtype)
-                        x = torch.randn(T, B, I).to(device, dtype).requires_grad_()
-                        lengths = torch.tensor([T - b % T for b in range(B)])
-                        mask = torch.arange(T * B).view(T, B).remainder(5).eq(4).to(device)
-                        for options in ({}, {"lengths": lengths, "reset_mask": mask}):
-                            y, (h_n, c_n) = module(x, **options)
-                            (y.sum() + h_n.sum() + c_n.sum()).backward()
-                    finite = x.grad is not None and x.grad.isfinite().all().item()
-                    print(
-                        f"{family} {dtype} T={T} B={B} H={H} bidirectional={bidirectional} finite={finite}", flush=True
-                    )
+    stacks: list[tuple[dict[str, Any], dict[str, Any], int]] = [  # of the module, of force(), time steps
+        ({}, {}, 3),
+        ({"bidirectional": True}, {}, 3),
+        ({"num_layers": 2}, {"layers": 2, "run_steps": 4}, 9),
+    ]
+    for family, dtype, (kwargs, shape, T) in itertools.product(families, (torch.bfloat16, torch.float32), stacks):
+        if shape and family in ("streamed", "stepwise"):
+            continue
+        for B, I, H in ((9, 24, 40), (3, 7, 33)):  # noqa: E741
+            with fastlstm.force(plan=family, **shape):
+                module = fastlstm.FastLSTM(I, H, **kwargs, device=device, dtype=dtype)
+                x = torch.randn(T, B, I).to(device, dtype).requires_grad_()
+                lengths = torch.tensor([T - b % T for b in range(B)])
+                mask = torch.arange(T * B).view(T, B).remainder(5).eq(4).to(device)
+                for options in ({}, {"lengths": lengths, "reset_mask": mask}):
+                    y, (h_n, c_n) = module(x, **options)
+                    (y.sum() + h_n.sum() + c_n.sum()).backward()
+            finite = x.grad is not None and x.grad.isfinite().all().item()
+            print(f"{family} {dtype} {kwargs} T={T} B={B} H={H} finite={finite}", flush=True)
     return True
 
 
@@ -533,9 +556,7 @@ def _bench_line(c: Comparison) -> str:
 
 def _summarize_families(data: Mapping[str, Any]) -> list[str]:
     lines = [f"families: {len(data['candidates'])} of {data['of']} candidates"]
-    if not data["teams_forced"]:
-        lines.append("  this build cannot force the shape of a team: families alone")
-    lines.append(f"  {'':<44} {'forward':>8} {'plan':>8} {'backward':>8} {'plan':>8}  microseconds per step")
+    lines.append(f"  {'':<44} {'forward':>8} {'plan':>8} {'backward':>8} {'plan':>8}  microseconds per step and layer")
     errors = {pass_: [] for pass_ in ("forward", "backward")}  # type: dict[str, list[float]]
     for key, result in data["candidates"].items():
         if "error" in result:

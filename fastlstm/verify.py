@@ -17,8 +17,9 @@ from torch import Tensor
 import fastlstm
 from fastlstm.bench.shapes import DTYPES, Shape
 from fastlstm.bench.workload import PASSES, Pass, Workload
+from fastlstm.planning import plans
 
-CUDA_PLANS = ("stepwise", "resident", "persistent")
+CUDA_PLANS = tuple(plans("cuda"))
 
 # In tiny problems nn.LSTM is sometimes exact by luck, and twice its error would forbid any rounding at all.
 # Over 250 random problems with T <= 20 and H <= 31 the reference in float32 needed up to 5 epsilons beyond
