@@ -27,12 +27,26 @@ struct LibraryMath {  // a few units in the last place of T
   static __device__ __forceinline__ T tanh(T x) { return std::tanh(x); }
 };
 
-// Elements as tensors hold them. Compute: the type of sums and of the cell state. Of 32-bit elements, factor() is what
-// is exchanged for a product; part() is what an MMA multiplies of a word.
-struct Bf16 {
+// Elements as tensors hold them. Compute: the type of sums and of the cell state.
+template <class T>
+struct Full {  // float32 or float64 where no products are taken
+  using Storage = T;
+  using Compute = T;
+  using Math = LibraryMath<T>;
+  static __device__ __forceinline__ T load(T x) { return x; }
+  static __device__ __forceinline__ T store(T x) { return x; }
+};
+
+// Those that tensor cores multiply. part(): what an MMA takes of a word of factors, for each of kParts.
+struct Half {  // 16 bits
   using Storage = uint16_t;
   using Compute = float;
+  static constexpr int kParts = 1;
+  static __device__ __forceinline__ uint32_t part(uint32_t word, int) { return word; }
+};
+struct Bf16 : Half {
   using Math = ApproximateMath;
+  static constexpr uint32_t kOne = 0x3f80;
   static __device__ __forceinline__ float load(uint16_t x) { return float_of_bits(static_cast<uint32_t>(x) << 16); }
   static __device__ __forceinline__ uint16_t store(float x) { return static_cast<uint16_t>(pack_bf16(x, 0.f)); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bf16(low, high); }
@@ -40,14 +54,10 @@ struct Bf16 {
   static __device__ __forceinline__ void mma(float (&d)[4], Operands... operands) {
     mma_bf16(d, operands...);
   }
-  static constexpr uint32_t kOne = 0x3f80;
-  static constexpr int kParts = 1;
-  static __device__ __forceinline__ uint32_t part(uint32_t word, int) { return word; }
 };
-struct Fp16 {
-  using Storage = uint16_t;
-  using Compute = float;
+struct Fp16 : Half {
   using Math = FastMath;
+  static constexpr uint32_t kOne = 0x3c00;
   static __device__ __forceinline__ float load(uint16_t x) { return float_of_fp16(x); }
   static __device__ __forceinline__ uint16_t store(float x) { return static_cast<uint16_t>(pack_fp16(x, 0.f)); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_fp16(low, high); }
@@ -55,36 +65,23 @@ struct Fp16 {
   static __device__ __forceinline__ void mma(float (&d)[4], Operands... operands) {
     mma_fp16(d, operands...);
   }
-  static constexpr uint32_t kOne = 0x3c00;
-  static constexpr int kParts = 1;
-  static __device__ __forceinline__ uint32_t part(uint32_t word, int) { return word; }
 };
-struct Tf32 {  // tensors of float32, products of factors rounded to TF32
-  using Storage = float;
-  using Compute = float;
-  using Math = FastMath;
-  static __device__ __forceinline__ float load(float x) { return x; }
-  static __device__ __forceinline__ float store(float x) { return x; }
+
+// Tensors of float32. factor(): what is exchanged for a product.
+struct Single : Full<float> {
+  static constexpr uint32_t kOne = 0x3f800000;
   template <class... Operands>
   static __device__ __forceinline__ void mma(float (&d)[4], Operands... operands) {
     mma_tf32(d, operands...);
   }
-  static constexpr uint32_t kOne = 0x3f800000;
+};
+struct Tf32 : Single {  // products of factors rounded to TF32
+  using Math = FastMath;
   static constexpr int kParts = 1;
   static __device__ __forceinline__ uint32_t factor(float x) { return round_tf32(x); }
   static __device__ __forceinline__ uint32_t part(uint32_t word, int) { return round_tf32(float_of_bits(word)); }
 };
-struct Fp32 {  // tensors of float32, products of nearly all of its bits: see Factors in layout.h
-  using Storage = float;
-  using Compute = float;
-  using Math = LibraryMath<float>;
-  static __device__ __forceinline__ float load(float x) { return x; }
-  static __device__ __forceinline__ float store(float x) { return x; }
-  template <class... Operands>
-  static __device__ __forceinline__ void mma(float (&d)[4], Operands... operands) {
-    mma_tf32(d, operands...);
-  }
-  static constexpr uint32_t kOne = 0x3f800000;
+struct Fp32 : Single {  // products of nearly all of its bits: see Factors in layout.h
   static constexpr int kParts = 2;
   static __device__ __forceinline__ uint32_t factor(float x) { return bits_of(x); }
   // Its TF32 value, and what that lacks; nothing if it is infinite.
@@ -94,14 +91,6 @@ struct Fp32 {  // tensors of float32, products of nearly all of its bits: see Fa
     const float low = float_of_bits(word) - float_of_bits(high);
     return (high & 0x7fffffffu) == 0x7f800000u ? 0 : round_tf32(low);
   }
-};
-template <class T>
-struct Full {  // float32 or float64 where no products are taken
-  using Storage = T;
-  using Compute = T;
-  using Math = LibraryMath<T>;
-  static __device__ __forceinline__ T load(T x) { return x; }
-  static __device__ __forceinline__ T store(T x) { return x; }
 };
 
 // How factors of products lie in 32-bit words. Elements of 16 bits: two in a word, the first in the low half.

@@ -81,12 +81,9 @@ template <class E, int Octets, int Blocks>
 __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backward(const BackwardParams p) {
   using W = Words<E>;
   constexpr int kMTiles = backward_m_tiles(Octets);
-  const int lane = thread_index() % kWarpThreads, warp = thread_index() / kWarpThreads;
-  const int ctas = team_ctas(p.hidden, Octets), slice = block_index() % ctas, team = block_index() / ctas;
-  const int group = team % p.groups;
-  const BackwardRun& d = p.run[team / p.groups];
+  const TeamPlace at(p, Octets);
+  const BackwardRun& d = p.run[at.run];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
-  const int first_column = p.first_column + group * tiles * kColumns;
 
   unsigned char* const shared = shared_memory();
   float2* const partial = reinterpret_cast<float2*>(shared);  // [2][cell tile][warp][lane]
@@ -95,28 +92,24 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
 
   const auto weight_rows = [&](int m, int half, int block) {
     const int octet = 2 * m + half;
-    const int first = octet < Octets ? (slice * Octets + octet) * kOctet : p.row_stride;
-    return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block * kTeamWarps + warp, lane);
+    const int first = octet < Octets ? (at.first_octet + octet) * kOctet : p.row_stride;
+    return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block * kTeamWarps + at.warp, at.lane);
   };
   const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
-      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * warp), lane,
+      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * at.warp), at.lane,
       weight_rows);
 
-  const int octet = slice * Octets + warp % Octets, tile = warp / Octets;  // whose cells this warp computes
-  const bool has_cells = warp < cell_tiles && octet * kOctet < p.hidden;
-  ExchangedGradients<E> gradients(p,
-                                  static_cast<uint4*>(p.exchange) + static_cast<int64_t>(team) * 2 * tiles *
-                                                                        backward_blocks(p.hidden, W::kBytes) *
-                                                                        kWarpThreads,
-                                  warp, lane);
-  BackwardTile<E, 1> cells(p, d, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
-                           tile_memory + warp * backward_tile_bytes(W::kBytes));
+  const int buffer_vectors = backward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
+  ExchangedGradients<E> gradients(
+      p, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(at.team) * 2 * buffer_vectors, at.warp, at.lane);
+  BackwardTile<E, 1> cells(p, d, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
+                           at.lane, tile_memory + at.warp * backward_tile_bytes(W::kBytes));
 
   // The product of the last step gives d_h_0, or what the next run begins with.
   const int last_product = d.d_h_0 == nullptr && d.end == p.sequences.steps ? d.end - 1 : d.end;
   for (int n = d.begin; n <= last_product; ++n) {
     float2* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kWarpThreads;
-    const bool has_step = has_cells && n < d.end;
+    const bool has_step = at.has_cells && n < d.end;
     if (n == d.begin) {
       if (has_step) cells.begin(n);
     } else {
@@ -129,15 +122,15 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
           [&](int column_tile, const float (&sums)[kMTiles][4]) {
 #pragma unroll
             for (int o = 0; o < Octets; ++o)
-              sums_of_step[((column_tile * Octets + o) * kTeamWarps + warp) * kWarpThreads + lane] =
+              sums_of_step[((column_tile * Octets + o) * kTeamWarps + at.warp) * kWarpThreads + at.lane] =
                   float2{sums[o / 2][o % 2 * 2], sums[o / 2][o % 2 * 2 + 1]};
           });
       block_barrier();
-      if (has_cells) {
+      if (at.has_cells) {
         float product[1][2] = {};
 #pragma unroll
         for (int w = 0; w < kTeamWarps; ++w) {
-          const float2 sums = sums_of_step[(warp * kTeamWarps + w) * kWarpThreads + lane];
+          const float2 sums = sums_of_step[(at.warp * kTeamWarps + w) * kWarpThreads + at.lane];
           product[0][0] += sums.x;
           product[0][1] += sums.y;
         }
@@ -147,10 +140,10 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
     if (!has_step) continue;
     typename BackwardTile<E, 1>::Gates d_gates;
     cells.compute(n, d_gates);
-    if (n < last_product) gradients.publish(n, octet, tile, d_gates[0]);
+    if (n < last_product) gradients.publish(n, at.octet, at.tile, d_gates[0]);
     cells.end(n, d_gates);
   }
-  if (has_cells) cells.finish();
+  if (at.has_cells) cells.finish();
 }
 
 template <class E>

@@ -143,12 +143,9 @@ template <class E, int Octets, int Blocks>
 __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forward(const ForwardParams p) {
   using W = Words<E>;
   constexpr int kMTiles = forward_m_tiles(Octets);
-  const int lane = thread_index() % kWarpThreads, warp = thread_index() / kWarpThreads;
-  const int ctas = team_ctas(p.hidden, Octets), slice = block_index() % ctas, team = block_index() / ctas;
-  const int group = team % p.groups;
-  const ForwardRun& d = p.run[team / p.groups];
+  const TeamPlace at(p, Octets);
+  const ForwardRun& d = p.run[at.run];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
-  const int first_column = p.first_column + group * tiles * kColumns;
 
   unsigned char* const shared = shared_memory();
   float4* const partial = reinterpret_cast<float4*>(shared);  // [2][cell tile][warp][2][lane]
@@ -156,21 +153,19 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
   unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, E::kParts);
 
   const auto weight_rows = [&](int m, int half, int block) {
-    return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (slice * Octets + m / 2) * kOctet,
-                              block * kTeamWarps + warp, lane);
+    return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.first_octet + m / 2) * kOctet,
+                              block * kTeamWarps + at.warp, at.lane);
   };
   const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
-      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * warp), lane,
+      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * at.warp), at.lane,
       weight_rows);
 
-  const int octet = slice * Octets + warp % Octets, tile = warp / Octets;  // whose cells this warp computes
-  const bool has_cells = warp < cell_tiles && octet * kOctet < p.hidden;
   const int buffer_vectors = forward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
-  ExchangedH<E> states(p, d, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(team) * 2 * buffer_vectors,
-                       first_column, warp, lane);
+  ExchangedH<E> states(p, d, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(at.team) * 2 * buffer_vectors,
+                       at.first_column, at.warp, at.lane);
   // Warps without cells have a tile too, whose inputs they never copy.
-  ForwardTile<E, 1> cells(p, d, has_cells ? octet * kOctet : p.hidden, first_column + tile * kColumns, lane,
-                          tile_memory + warp * forward_tile_bytes(W::kBytes));
+  ForwardTile<E, 1> cells(p, d, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
+                          at.lane, tile_memory + at.warp * forward_tile_bytes(W::kBytes));
 
   for (int n = d.begin; n < d.end; ++n) {
     float4* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kCellsOfTile;
@@ -179,25 +174,26 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
     multiply_tiles(
         weights, tiles, states,
         [&] {
-          if (has_cells) cells.begin(n, a);
+          if (at.has_cells) cells.begin(n, a);
         },
         [&](int column_tile, const float (&sums)[kMTiles][4]) {
 #pragma unroll
           for (int o = 0; o < Octets; ++o) {
             const float (&i_f)[4] = sums[2 * o];
             const float (&g_o)[4] = sums[2 * o + 1];
-            float4* const to = sums_of_step + ((column_tile * Octets + o) * kTeamWarps + warp) * kCellsOfTile + lane;
+            float4* const to =
+                sums_of_step + ((column_tile * Octets + o) * kTeamWarps + at.warp) * kCellsOfTile + at.lane;
             to[0] = float4{i_f[0], i_f[2], g_o[0], g_o[2]};
             to[kWarpThreads] = float4{i_f[1], i_f[3], g_o[1], g_o[3]};
           }
         });
     block_barrier();
-    if (!has_cells) continue;
+    if (!at.has_cells) continue;
 #pragma unroll(kMTiles* Blocks > 8 ? 2 : 4)  // all at once would take 64 registers
     for (int w = 0; w < kTeamWarps; ++w)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float4 sums = sums_of_step[(warp * kTeamWarps + w) * kCellsOfTile + e * kWarpThreads + lane];
+        const float4 sums = sums_of_step[(at.warp * kTeamWarps + w) * kCellsOfTile + e * kWarpThreads + at.lane];
         a[0][e][0] += sums.x;
         a[0][e][1] += sums.y;
         a[0][e][2] += sums.z;
@@ -206,10 +202,10 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
     cells.compute(n, a);
     typename ForwardTile<E, 1>::Outputs h;
     cells.outputs(h);
-    if (n + 1 < d.end) states.publish(n, octet, tile, h[0]);
+    if (n + 1 < d.end) states.publish(n, at.octet, at.tile, h[0]);
     cells.end(n, a);
   }
-  if (has_cells) cells.finish();
+  if (at.has_cells) cells.finish();
 }
 
 template <class E>

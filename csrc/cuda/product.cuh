@@ -15,6 +15,28 @@
 
 namespace fastlstm::cuda {
 
+// What a thread derives from its place in the grid: CTAs of a team in turn, then teams of a run, then runs.
+struct TeamPlace {
+  template <class Params>
+  __device__ __forceinline__ TeamPlace(const Params& p, int octets)
+      : lane(thread_index() % kWarpThreads), warp(thread_index() / kWarpThreads) {
+    const int ctas = team_ctas(p.hidden, octets);
+    team = block_index() / ctas;
+    run = team / p.groups;
+    first_octet = block_index() % ctas * octets;
+    first_column = p.first_column + team % p.groups * p.team.tiles * kColumns;
+    octet = first_octet + warp % octets;
+    tile = warp / octets;
+    has_cells = tile < p.team.tiles && octet * kOctet < p.hidden;
+  }
+
+  int lane, warp;
+  int team, run;                  // of all teams of the grid
+  int first_octet, first_column;  // of the CTA, of the team
+  int octet, tile;                // whose cells this warp computes,
+  bool has_cells;                 // if it does
+};
+
 __device__ __forceinline__ bool tag_of(int step) { return (step >> 1) & 1; }
 
 // Waits until all states of a round have arrived, asking again only for those that have not: polling everything would

@@ -119,7 +119,7 @@ MUTATIONS = [
     Mutation(
         "persistent forward without its barrier",
         "cuda/persistent_forward.cu",
-        "«block_barrier();»\n    if (!has_cells) continue;",
+        "«block_barrier();»\n    if (!at.has_cells) continue;",
         "",
         "sums are added before all warps have put theirs",
         (SMALL,),
@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation(
         "persistent backward without its barrier",
         "cuda/persistent_backward.cu",
-        "«block_barrier();»\n      if (has_cells) {",
+        "«block_barrier();»\n      if (at.has_cells) {",
         "",
         "sums are added before all warps have put theirs",
         (SMALL,),
@@ -289,7 +289,7 @@ MUTATIONS = [
     Mutation(
         "forward publishes into the other buffer",
         "cuda/persistent_forward.cu",
-        "states.publish(«n», octet, tile, h[0]);",
+        "states.publish(«n», at.octet, at.tile, h[0]);",
         "n + 1",
         "readers wait for ever",
         (SMALL,),
@@ -736,8 +736,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the second of two directions at once is the first",
-        "cuda/persistent_forward.cu",
-        "const ForwardRun& d = p.run[«team / p.groups»];",
+        "cuda/product.cuh",
+        "run = «team / p.groups»;",
         "(team - 1) / p.groups",
         "a direction is not computed",
         (PERSISTENT,),
