@@ -135,8 +135,7 @@ class Stack {
     check(cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream), "clearing an exchange buffer");
     return buffer;
   }
-  // How many runs the steps of a pass are, and room for a state between two of them, in the dtype of x or as a factor.
-  int chunks(const PassPlan& plan) const { return ceil_div(sequences.steps, plan.run_steps); }
+  // Room for a state between two runs, in full precision or as a factor.
   Tensor carried_state() const { return empty_compute({p.B, p.H}); }
   Tensor carried_factor() const { return at::zeros({p.B, row_stride()}, options); }
   // Rows of factors as kernels load them: of a multiple of 8 elements, aligned to 16 bytes, zero behind H.
@@ -324,7 +323,8 @@ void streamed_forward(const Stack& s, const LayerForward& layer, int64_t directi
 // By a family that keeps the weights in CTAs: layers from the lowest on, each a run behind the one that it reads.
 void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, const PassPlan& plan) {
   const int64_t directions = s.p.directions;
-  const int chunks = s.chunks(plan), count = static_cast<int>(layers.size());
+  const int count = static_cast<int>(layers.size()), steps = run_steps(plan, count, s.p.T),
+            runs_of_layer = ceil_div(s.sequences.steps, steps);
   struct Direction {
     Tensor w_hh, h_0, carried_h, carried_c;
   };
@@ -333,18 +333,18 @@ void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, cons
     for (int64_t d = 0; d < directions; ++d) {
       Direction of = {
           s.factor_rows(s.weights(layer.index, d).w_hh), s.factor_rows(s.h_0[layer.index * directions + d]), {}, {}};
-      if (chunks > 1) of.carried_h = s.carried_factor(), of.carried_c = s.carried_state();
+      if (runs_of_layer > 1) of.carried_h = s.carried_factor(), of.carried_c = s.carried_state();
       all.push_back(std::move(of));
     }
   // The others read what is yet to be computed.
   const Tensor lowest_input = input_of_layer(s, layers[0].index, layers[0].below, {0, s.p.N});
-  for (int front = 0; front < chunks + count - 1; ++front) {
+  for (int front = 0; front < runs_of_layer + count - 1; ++front) {
     std::vector<ForwardRun> runs;
     std::vector<Tensor> gates_x;
     bool aligned = true;
-    for (int i = std::max(0, front - chunks + 1); i <= std::min(front, count - 1); ++i)
+    for (int i = std::max(0, front - runs_of_layer + 1); i <= std::min(front, count - 1); ++i)
       for (int64_t d = 0; d < directions; ++d) {
-        const int begin = (front - i) * plan.run_steps, end = std::min(begin + plan.run_steps, s.sequences.steps);
+        const int begin = (front - i) * steps, end = std::min(begin + steps, s.sequences.steps);
         const RowRange rows = s.rows_of_steps(d == 1, begin, end);
         const Tensor input = i == 0 ? rows.of(lowest_input) : input_of_layer(s, layers[i].index, layers[i].below, rows);
         gates_x.push_back(gates_of_input(s, layers[i], d, input, rows));
@@ -471,7 +471,8 @@ void streamed_backward(const Stack& s, const LayerBackward& layer, int64_t direc
 // Layers from the highest on, each a run behind the one that it gets its d_y from.
 void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, const PassPlan& plan) {
   const int64_t directions = s.p.directions;
-  const int chunks = s.chunks(plan), count = static_cast<int>(layers.size());
+  const int count = static_cast<int>(layers.size()), steps = run_steps(plan, count, s.p.T),
+            runs_of_layer = ceil_div(s.sequences.steps, steps);
   struct Direction {
     Tensor w_hh, carried_d_h, carried_d_c;
   };
@@ -481,15 +482,15 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
     aligned = aligned && s.aligned({&layer.gates, &layer.cells, &layer.d_y});
     for (int64_t d = 0; d < directions; ++d) {
       Direction of = {s.factor_rows(s.weights(layer.index, d).w_hh), {}, {}};
-      if (chunks > 1) of.carried_d_h = s.carried_state(), of.carried_d_c = s.carried_state();
+      if (runs_of_layer > 1) of.carried_d_h = s.carried_state(), of.carried_d_c = s.carried_state();
       all.push_back(std::move(of));
     }
   }
-  for (int front = 0; front < chunks + count - 1; ++front) {
+  for (int front = 0; front < runs_of_layer + count - 1; ++front) {
     std::vector<BackwardRun> runs;
-    for (int i = std::max(0, front - chunks + 1); i <= std::min(front, count - 1); ++i)
+    for (int i = std::max(0, front - runs_of_layer + 1); i <= std::min(front, count - 1); ++i)
       for (int64_t d = 0; d < directions; ++d) {
-        const int begin = (front - i) * plan.run_steps, end = std::min(begin + plan.run_steps, s.sequences.steps);
+        const int begin = (front - i) * steps, end = std::min(begin + steps, s.sequences.steps);
         if (i > 0) {
           const RowRange rows = s.rows_of_steps(true, begin, end);
           const LayerBackward& above = layers[i - 1];

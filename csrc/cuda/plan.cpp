@@ -164,11 +164,12 @@ void add_with_layers(std::vector<PassPlan>& plans, const Problem& p, const Const
     plan->layers = layers;
     plan->run_steps = static_cast<int>(std::min(T, std::ceil(steps / kRunSteps) * kRunSteps));
     if (layers > 1 && plan->run_steps == p.T) return;  // nothing happens at the same time
-    const double chunks = std::ceil(T / plan->run_steps),
-                 run = plan->run_steps * step + launch + (chunks > 1 ? cost::kRunProducts : 0);
     double total = 0;
-    for (int64_t first = 0; first < p.layers; first += layers)
-      total += (chunks + static_cast<double>(std::min<int64_t>(layers, p.layers - first)) - 1) * run;
+    for (int64_t first = 0; first < p.layers; first += layers) {
+      const int count = static_cast<int>(std::min<int64_t>(layers, p.layers - first));
+      const double steps_of_run = run_steps(*plan, count, p.T), runs = std::ceil(T / steps_of_run) + count - 1;
+      total += runs * (steps_of_run * step + launch + (runs > 1 ? cost::kRunProducts : 0));
+    }
     plan->microseconds = total / (T * static_cast<double>(p.layers));
     plans.push_back(*plan);
   }
@@ -328,6 +329,10 @@ std::vector<CompiledKernel> compiled_kernels() {
       }
     }
   return kernels;
+}
+
+int run_steps(const PassPlan& plan, int count, int64_t steps) {
+  return count < plan.layers && count == 1 ? static_cast<int>(steps) : plan.run_steps;
 }
 
 PassPlan plan_forward(const Problem& problem, Element element, const Device& device, const Constraints& constraints) {

@@ -55,6 +55,9 @@ struct PassPlan {
   double microseconds = 0;       // estimated, per time step of one layer on average, both directions
 };
 
+// Steps of a run of `count` layers, the last of a stack, of which the plan would run more: one has nobody to wait for.
+int run_steps(const PassPlan& plan, int count, int64_t steps);
+
 const char* family_name(Family family);
 std::vector<Family> families();
 

@@ -858,9 +858,9 @@ MUTATIONS = [
     Mutation(
         "a layer does not wait for the one below",
         "cuda/cuda_ops.cpp",
-        "const int begin = «(front - i) * plan.run_steps», end = std::min(begin + plan.run_steps, s.sequences.steps);\n"
+        "const int begin = «(front - i) * steps», end = std::min(begin + steps, s.sequences.steps);\n"
         "        const RowRange rows = s.rows_of_steps(d == 1",
-        "(front - i) * plan.run_steps + (i > 0 && front - i + 1 < chunks) * plan.run_steps",
+        "(front - i) * steps + (i > 0 && front - i + 1 < runs_of_layer) * steps",
         "what it reads is being computed",
         LAYERS,
     ),
