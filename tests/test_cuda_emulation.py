@@ -86,6 +86,22 @@ def test_initial_states_of_any_size(family: str, element: str) -> None:
             check(replace(case, weight_scale=1 / scale))
 
 
+@pytest.mark.parametrize("family", OURS)
+def test_tf32_is_rounded(family: str) -> None:
+    """An MMA cuts its factors off to TF32, so they have to be rounded before: here, what that makes is all there is."""
+    case = Case(family, "tf32", T=1, B=1, I=1, H=16)
+    inputs = make_inputs(case)
+    for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights):
+        t.zero_()
+    g_of_unit_0 = 2 * case.H
+    inputs.weights[1][g_of_unit_0, 0] = inputs.h_0[0, 0, 0] = 1 + 0.75 * 2**-10  # nearest in TF32: 1 + 2^-10
+    inputs.weights[2][g_of_unit_0] = -1
+    emulated.device()
+    with emulated.force(family):
+        *_, saved = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+    assert saved[0][0, 0, g_of_unit_0].item() == pytest.approx((1 + 2**-10) ** 2 - 1, rel=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------- every kernel
 
 

@@ -1,4 +1,4 @@
-// The gradients of a few octets of hidden units and one column tile through all steps of a backward pass: one warp. The
+// The gradients of a few octets of hidden units and one column tile through a run of steps: one warp. The
 // counterpart of forward_tile.cuh; "the n-th step" counts in the order of the backward pass, which is that of the
 // forward pass turned round.
 #pragma once
@@ -14,7 +14,7 @@ namespace fastlstm::cuda {
 template <class E, int Octets>
 class BackwardTile : Tile<BackwardRun, Octets> {
   using Base = Tile<BackwardRun, Octets>;
-  using Base::column, Base::d_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
+  using Base::column, Base::run_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
       Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
 
  public:
@@ -33,12 +33,12 @@ class BackwardTile : Tile<BackwardRun, Octets> {
       restarted_[e] = active_[e] = false;
 #pragma unroll
       for (int o = 0; o < Octets; ++o) {
-        d_h_[o][e] = d_.begin > 0 ? carried(d_.carried_d_h, o, e) : state(d_.d_h_n, o, e);
-        d_c_[o][e] = d_.begin > 0 ? carried(d_.carried_d_c, o, e) : state(d_.d_c_n, o, e);
+        d_h_[o][e] = run_.begin > 0 ? carried(run_.carried_d_h, o, e) : state(run_.d_h_n, o, e);
+        d_c_[o][e] = run_.begin > 0 ? carried(run_.carried_d_c, o, e) : state(run_.d_c_n, o, e);
       }
     }
     copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
-    for (int n = d_.begin; n < d_.begin + kBackwardStages - 1; ++n) copy_inputs(n);
+    for (int n = run_.begin; n < run_.begin + kBackwardStages - 1; ++n) copy_inputs(n);
   }
 
   // Waits for the inputs of the n-th step. In order, n = begin, begin + 1, ...
@@ -77,8 +77,8 @@ class BackwardTile : Tile<BackwardRun, Octets> {
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) g[gate] = E::load(gates[gate * kCellsOfTile + cell]);
         float d_h = d_h_[o][e], d_c = d_c_[o][e];
-        if (d_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);
-        const float c_before = restarts_[e] ? 0.f : first ? state(d_.c_0, o, e) : cells(o, n + 1)[cell];
+        if (run_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);
+        const float c_before = restarts_[e] ? 0.f : first ? state(run_.c_0, o, e) : cells(o, n + 1)[cell];
         cell_backward<typename E::Math>(g[0], g[1], g[2], g[3], cells(o, n)[cell], c_before, d_h, d_c);
         if (active_[e]) d_c_[o][e] = restarts_[e] ? 0.f : d_c;
 #pragma unroll
@@ -96,7 +96,7 @@ class BackwardTile : Tile<BackwardRun, Octets> {
 #pragma unroll
       for (int o = 0; o < Octets; ++o) {
         if (unit(o) >= p_.hidden) continue;
-        Storage* const to = static_cast<Storage*>(d_.d_gates) + row * kGates * p_.hidden + unit(o);
+        Storage* const to = static_cast<Storage*>(run_.d_gates) + row * kGates * p_.hidden + unit(o);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
           to[static_cast<int64_t>(gate) * p_.hidden] = E::store(d_gates[o][e][gate]);
@@ -114,13 +114,13 @@ class BackwardTile : Tile<BackwardRun, Octets> {
       for (int e = 0; e < 2; ++e) {
         if (!has_state(o, e)) continue;
         const int64_t at = state_index(o, e, p_.hidden);
-        if (d_.end < p_.sequences.steps) {
-          d_.carried_d_h[at] = d_h_[o][e];
-          d_.carried_d_c[at] = d_c_[o][e];
+        if (run_.end < p_.sequences.steps) {
+          run_.carried_d_h[at] = d_h_[o][e];
+          run_.carried_d_c[at] = d_c_[o][e];
           continue;
         }
-        if (d_.d_h_0 != nullptr) static_cast<Storage*>(d_.d_h_0)[at] = E::store(d_h_[o][e]);
-        if (d_.d_c_0 != nullptr) static_cast<Storage*>(d_.d_c_0)[at] = E::store(d_c_[o][e]);
+        if (run_.d_h_0 != nullptr) static_cast<Storage*>(run_.d_h_0)[at] = E::store(d_h_[o][e]);
+        if (run_.d_c_0 != nullptr) static_cast<Storage*>(run_.d_c_0)[at] = E::store(d_c_[o][e]);
       }
   }
 
@@ -153,19 +153,19 @@ class BackwardTile : Tile<BackwardRun, Octets> {
   // The cell states go one step further than the run: c_{t-1} of its last step.
   __device__ __forceinline__ void copy_inputs(int n) {
     const int part = lane_ / kColumns, column = lane_ % kColumns;
-    const bool exists = n <= d_.end && n < p_.sequences.steps && time(n) < copied_length_;
+    const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < copied_length_;
     const int64_t row = exists ? row_of(p_.sequences, time(n), first_column_ + column) : 0;
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
-      const int units = exists ? p_.hidden - first_unit_ - o * kOctet : 0, count = n < d_.end ? units : 0,
+      const int units = exists ? p_.hidden - first_unit_ - o * kOctet : 0, count = n < run_.end ? units : 0,
                 unit = units > 0 ? first_unit_ + o * kOctet : 0;
       copy_octet(stage(o, n) + lane_ * kOctet,
-                 static_cast<const Storage*>(d_.gates) + (row * kGates + part) * p_.hidden + unit, count, p_.aligned);
-      if (part == 0 && d_.d_y != nullptr)
+                 static_cast<const Storage*>(run_.gates) + (row * kGates + part) * p_.hidden + unit, count, p_.aligned);
+      if (part == 0 && run_.d_y != nullptr)
         copy_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
-                   static_cast<const Storage*>(d_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
+                   static_cast<const Storage*>(run_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
       if (part == 1)
-        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(d_.cells) + row * p_.hidden + unit, units,
+        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(run_.cells) + row * p_.hidden + unit, units,
                    p_.aligned);
     }
     copy_async_commit();

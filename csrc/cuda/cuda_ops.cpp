@@ -135,7 +135,7 @@ class Stack {
     check(cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream), "clearing an exchange buffer");
     return buffer;
   }
-  // Room for a state between two runs, in full precision or as a factor.
+  // Room for a state between two runs: in the compute type, or as a factor.
   Tensor carried_state() const { return empty_compute({p.B, p.H}); }
   Tensor carried_factor() const { return at::zeros({p.B, row_stride()}, options); }
   // Rows of factors as kernels load them: of a multiple of 8 elements, aligned to 16 bytes, zero behind H.
@@ -321,6 +321,7 @@ void streamed_forward(const Stack& s, const LayerForward& layer, int64_t directi
 }
 
 // By a family that keeps the weights in CTAs: layers from the lowest on, each a run behind the one that it reads.
+// Launch `front` computes run front - i of layer i: a diagonal of the runs, none of which reads another.
 void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, const PassPlan& plan) {
   const int64_t directions = s.p.directions;
   const int count = static_cast<int>(layers.size()), steps = run_steps(plan, count, s.p.T),

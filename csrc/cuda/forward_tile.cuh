@@ -1,8 +1,8 @@
-// The cells of a few octets of hidden units and one column tile through all steps of a forward pass: one warp. For the
+// The cells of a few octets of hidden units and one column tile through a run of steps: one warp. For the
 // families that keep weights in CTAs; they supply the sums of the recurrent product.
 //
 // The inputs of a step, gates_x, come by asynchronous copies through a ring of stages in shared memory, in which each
-// lane copies the 8 units of one gate and one column. States stay in registers from the first step to the last.
+// lane copies the 8 units of one gate and one column. States stay in registers.
 #pragma once
 
 #include "../cell.h"
@@ -16,7 +16,7 @@ namespace fastlstm::cuda {
 template <class E, int Octets>
 class ForwardTile : Tile<ForwardRun, Octets> {
   using Base = Tile<ForwardRun, Octets>;
-  using Base::column, Base::d_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
+  using Base::column, Base::run_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
       Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
 
  public:
@@ -32,7 +32,7 @@ class ForwardTile : Tile<ForwardRun, Octets> {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       length_[e] = length_of(p_.sequences, column(e));
-      restart_[e] = restarts(d_.begin, e);
+      restart_[e] = restarts(run_.begin, e);
     }
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
@@ -40,14 +40,15 @@ class ForwardTile : Tile<ForwardRun, Octets> {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool exists = has_state(o, e);
-        h_[o][e] = exists ? E::load(static_cast<const Storage*>(initial_h(d_))[state_index(o, e, p_.row_stride)]) : 0.f;
-        c_[o][e] = !exists        ? 0.f
-                   : d_.begin > 0 ? d_.carried_c[state_index(o, e, p_.hidden)]
-                                  : E::load(static_cast<const Storage*>(d_.c_0)[state_index(o, e, p_.hidden)]);
+        h_[o][e] =
+            exists ? E::load(static_cast<const Storage*>(initial_h(run_))[state_index(o, e, p_.row_stride)]) : 0.f;
+        c_[o][e] = !exists          ? 0.f
+                   : run_.begin > 0 ? run_.carried_c[state_index(o, e, p_.hidden)]
+                                    : E::load(static_cast<const Storage*>(run_.c_0)[state_index(o, e, p_.hidden)]);
       }
     }
     copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
-    for (int n = d_.begin; n < d_.begin + kForwardStages - 1; ++n) copy_inputs(n);
+    for (int n = run_.begin; n < run_.begin + kForwardStages - 1; ++n) copy_inputs(n);
   }
 
   // What the product of the next step reads: h_t, unless the sequence is cut there.
@@ -72,7 +73,7 @@ class ForwardTile : Tile<ForwardRun, Octets> {
           a[o][e][gate] = E::load(stage(o, n)[(gate * kColumns + 2 * (lane_ % 4) + e) * kOctet + lane_ / 4]) +
                           biases(o)[gate * kOctet + lane_ / 4];
       }
-      restart_[e] = n + 1 < d_.end && restarts(n + 1, e);
+      restart_[e] = n + 1 < run_.end && restarts(n + 1, e);
     }
   }
 
@@ -103,13 +104,13 @@ class ForwardTile : Tile<ForwardRun, Octets> {
 #pragma unroll
       for (int o = 0; o < Octets; ++o) {
         if (unit(o) >= p_.hidden) continue;
-        static_cast<Storage*>(d_.y)[row * p_.y_stride + unit(o)] = E::store(h_[o][e]);
-        if (d_.gates == nullptr) continue;
-        Storage* const gates = static_cast<Storage*>(d_.gates) + row * kGates * p_.hidden + unit(o);
+        static_cast<Storage*>(run_.y)[row * p_.y_stride + unit(o)] = E::store(h_[o][e]);
+        if (run_.gates == nullptr) continue;
+        Storage* const gates = static_cast<Storage*>(run_.gates) + row * kGates * p_.hidden + unit(o);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
           gates[static_cast<int64_t>(gate) * p_.hidden] = E::store(a[o][e][gate]);
-        static_cast<float*>(d_.cells)[row * p_.hidden + unit(o)] = c_[o][e];
+        static_cast<float*>(run_.cells)[row * p_.hidden + unit(o)] = c_[o][e];
       }
     }
     copy_inputs(n + kForwardStages - 1);
@@ -117,8 +118,8 @@ class ForwardTile : Tile<ForwardRun, Octets> {
 
   __device__ __forceinline__ void finish() const {
     copy_async_wait<0>();
-    const bool last_run = d_.end == p_.sequences.steps;
-    void* const h = last_run ? d_.h_n : d_.carried_h;
+    const bool last_run = run_.end == p_.sequences.steps;
+    void* const h = last_run ? run_.h_n : run_.carried_h;
     const int stride = last_run ? p_.hidden : p_.row_stride;
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
@@ -128,9 +129,9 @@ class ForwardTile : Tile<ForwardRun, Octets> {
         static_cast<Storage*>(h)[state_index(o, e, stride)] = E::store(h_[o][e]);
         const int64_t at = state_index(o, e, p_.hidden);
         if (last_run)
-          static_cast<Storage*>(d_.c_n)[at] = E::store(c_[o][e]);
+          static_cast<Storage*>(run_.c_n)[at] = E::store(c_[o][e]);
         else
-          d_.carried_c[at] = c_[o][e];
+          run_.carried_c[at] = c_[o][e];
       }
   }
 
@@ -144,9 +145,9 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     return reinterpret_cast<float*>(stage(o, 0) + kForwardStages * kCellsOfTile * kGates);
   }
   __device__ __forceinline__ float bias(int gate, int unit) const {
-    if (d_.b_ih == nullptr || unit >= p_.hidden) return 0.f;
+    if (run_.b_ih == nullptr || unit >= p_.hidden) return 0.f;
     const int at = gate * p_.hidden + unit;
-    return E::load(static_cast<const Storage*>(d_.b_ih)[at]) + E::load(static_cast<const Storage*>(d_.b_hh)[at]);
+    return E::load(static_cast<const Storage*>(run_.b_ih)[at]) + E::load(static_cast<const Storage*>(run_.b_hh)[at]);
   }
   __device__ __forceinline__ bool restarts(int n, int e) const {
     const int t = order_.time(n, p_.sequences.steps);
@@ -154,12 +155,12 @@ class ForwardTile : Tile<ForwardRun, Octets> {
   }
   __device__ __forceinline__ void copy_inputs(int n) {
     const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
-    const bool exists = n < d_.end && t < copied_length_;
+    const bool exists = n < run_.end && t < copied_length_;
     const int64_t row = exists ? row_of(p_.sequences, t, first_column_ + lane_ % kColumns) : 0;
     // Where there is no row, any address that exists.
     const Storage* const from =
-        exists ? static_cast<const Storage*>(d_.gates_x) + (row * kGates + gate) * p_.hidden + first_unit_
-               : static_cast<const Storage*>(d_.w_hh);
+        exists ? static_cast<const Storage*>(run_.gates_x) + (row * kGates + gate) * p_.hidden + first_unit_
+               : static_cast<const Storage*>(run_.w_hh);
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;

@@ -14,7 +14,7 @@ namespace fastlstm::cuda {
 // Success if this build has kernels for the current device.
 cudaError_t probe_kernels();
 
-// All steps of one layer; the recurrent weights stay in the CTAs. params.exchange must hold 0xff bytes.
+// Runs of steps; the recurrent weights stay in the CTAs. params.exchange must hold 0xff bytes.
 cudaError_t launch_persistent_forward(Element element, const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_persistent_backward(Element element, const BackwardParams& params, cudaStream_t stream);
 
@@ -26,7 +26,8 @@ cudaError_t launch_resident_backward(Element element, const BackwardParams& para
 cudaError_t launch_streamed_forward(Element element, const StreamedForwardParams& params, cudaStream_t stream);
 cudaError_t launch_streamed_backward(Element element, const StreamedBackwardParams& params, cudaStream_t stream);
 
-// The stepwise family: h and c from h_0 and c_0; the cells of a step; what follows the projection of a step.
+// The stepwise family (and streamed, of the states): h and c from h_0 and c_0; the cells of a step; what follows the
+// projection of a step.
 cudaError_t launch_states_forward(Element element, const StepForwardParams& params, cudaStream_t stream);
 cudaError_t launch_cells_forward(Element element, const StepForwardParams& params, cudaStream_t stream);
 cudaError_t launch_outputs_forward(Element element, const StepForwardParams& params, cudaStream_t stream);

@@ -19,13 +19,13 @@ constexpr int kColumns = 8;  // rows of the batch of a tile
 constexpr int kWarpThreads = 32;
 constexpr int kCellsOfTile = kOctet * kColumns;
 constexpr int kBlockBytes = 64;  // of K
-constexpr int kTeamWarps = 8;    // of a CTA of the persistent family: registers hold the most weights with 8
+constexpr int kTeamWarps = 8;    // of a CTA, at most: registers hold the most weights with 8
 
-// Runs of a launch, at most (see params.h): of two directions, or of so many layers that run one after the other's
-// steps. A run begins at a multiple of kRunSteps: the tags of exchanged states repeat after so many steps, and the
-// states that runs hand on are only overwritten when all CTAs have read them.
+// Runs of a launch, at most (see params.h): of two directions, or of layers, each some steps behind the one below. A
+// run begins at a multiple of kRunStepMultiple: the tags of exchanged states repeat after so many steps, and the states
+// that runs hand on are only overwritten when all CTAs have read them.
 constexpr int kMaxRuns = 4;
-constexpr int kRunSteps = 4;
+constexpr int kRunStepMultiple = 4;
 
 // Steps whose inputs are in shared memory or on their way: the latency of device memory spans several steps.
 constexpr int kForwardStages = 4;
@@ -33,11 +33,12 @@ constexpr int kBackwardStages = 5;  // one more, because a step reads the cell s
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// A pass of the persistent family: `ctas` CTAs, a team, divide the hidden units of `tiles` column tiles among them.
+// How CTAs divide a layer. In the persistent family, team_ctas() of them, a team, divide the hidden units of `tiles`
+// column tiles; in the others, each has its own.
 struct TeamShape {
-  int octets;  // per CTA
-  int blocks;  // of K per warp, weights of which stay in its registers (or in shared memory)
-  int tiles;   // column tiles of a team
+  int octets;  // per CTA, or per warp (resident)
+  int blocks;  // of K per warp, weights of which stay in its registers (or in shared memory); 0: none stay (streamed)
+  int tiles;   // column tiles of a team, or of a CTA
 };
 
 // What of it a kernel is compiled for.
@@ -95,9 +96,10 @@ constexpr size_t shared_weight_bytes(int m_tiles, int blocks, int parts) {
   return static_cast<size_t>(m_tiles * blocks - register_weight_tiles(m_tiles, blocks, parts)) * parts * kWarpThreads *
          8 * sizeof(uint32_t);
 }
-// Sums of all warps, twice: one step's are still read while the next step's are written.
+// Sums of all warps, of one step. Where steps follow each other, there are two sets: one is still read while the next
+// step's is written.
 constexpr size_t partial_bytes(int cell_tiles, int values_per_cell) {
-  return static_cast<size_t>(2) * kTeamWarps * cell_tiles * kCellsOfTile * values_per_cell * sizeof(float);
+  return static_cast<size_t>(kTeamWarps) * cell_tiles * kCellsOfTile * values_per_cell * sizeof(float);
 }
 // Inputs and biases of a tile.
 constexpr size_t forward_tile_bytes(int element_bytes) {
@@ -108,12 +110,13 @@ constexpr size_t backward_tile_bytes(int element_bytes) {  // gates and d_y, cel
 }
 constexpr size_t forward_shared_bytes(const TeamShape& s, const Factors& f) {
   const int cell_tiles = s.octets * s.tiles;
-  return partial_bytes(cell_tiles, 4) + kTeamWarps * shared_weight_bytes(forward_m_tiles(s.octets), s.blocks, f.parts) +
+  return 2 * partial_bytes(cell_tiles, 4) +
+         kTeamWarps * shared_weight_bytes(forward_m_tiles(s.octets), s.blocks, f.parts) +
          cell_tiles * forward_tile_bytes(f.bytes);
 }
 constexpr size_t backward_shared_bytes(const TeamShape& s, const Factors& f) {
   const int cell_tiles = s.octets * s.tiles;
-  return partial_bytes(cell_tiles, 1) +
+  return 2 * partial_bytes(cell_tiles, 1) +
          kTeamWarps * shared_weight_bytes(backward_m_tiles(s.octets), s.blocks, f.parts) +
          cell_tiles * backward_tile_bytes(f.bytes);
 }
@@ -152,7 +155,7 @@ constexpr int streamed_ctas_of_sm(int m_tiles, int tiles, int parts) {
   return parts == 1 && m_tiles * tiles <= 4 ? 2 : 1;
 }
 constexpr size_t streamed_shared_bytes(const StreamedVariant& variant, int values_per_cell) {
-  return partial_bytes(variant.octets * variant.tiles, values_per_cell) / 2;  // no step waits for another
+  return partial_bytes(variant.octets * variant.tiles, values_per_cell);
 }
 
 // Bytes of the two buffers through which one team exchanges what its next products read.

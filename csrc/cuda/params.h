@@ -63,7 +63,7 @@ struct LaunchParams {
   int hidden;      // H
   int row_stride;  // of rows that are factors: H up to a multiple of 8; they are zero behind H and aligned to 16 bytes
   int64_t y_stride;  // D * H
-  bool aligned;      // all rows of S begin at multiples of 16 bytes
+  bool aligned;      // rows that are copied to shared memory begin at multiples of 16 bytes
   TeamShape team;
   int first_column, groups;  // columns of the batch first_column ... + groups * tiles * kColumns
   void* exchange;            // [runs * groups][2] buffers, filled with 0xff bytes; of the persistent family
@@ -83,7 +83,7 @@ struct StepParams {
   bool vectors;  // all rows of states, of y and of what is saved begin at multiples of the size of 4 (float64: 2)
                  // elements
   int n;         // the n-th step of the pass; T after the last of a backward pass
-  Run run;       // all steps of a direction
+  Run run;       // all steps of a direction: nothing is carried to other runs
 };
 
 struct StepForwardParams : StepParams<ForwardRun> {

@@ -1,14 +1,14 @@
 // The persistent family, backward: as persistent_forward.cu, but what the CTAs of a team exchange after every step are
 // the gradients of the gates, and the weights that they keep are columns of W_hh: d_h of the step before is
-// W_hh^T d_gates. Called by the driver for one layer; the gradients of the weights and of x are products over all steps
-// that come afterwards.
+// W_hh^T d_gates. The gradients of the weights and of x are products over all steps that come afterwards.
 //
-// CTA `slice` of a team owns `octets` * 8 hidden units, of which an MMA tile of 16 rows holds two octets. K runs over
+// A CTA of a team owns `octets` * 8 hidden units, of which an MMA tile of 16 rows holds two octets. K runs over
 // the gates of all units: a block is 8 units for elements of 16 bits and 4 for those of 32.
 #include "backward_tile.cuh"
 #include "dispatch.cuh"
 #include "exchange.cuh"
 #include "launchers.h"
+#include "partial_sums.cuh"
 #include "product.cuh"
 
 namespace fastlstm::cuda {
@@ -82,18 +82,18 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
   using W = Words<E>;
   constexpr int kMTiles = backward_m_tiles(Octets);
   const TeamPlace at(p, Octets);
-  const BackwardRun& d = p.run[at.run];
+  const BackwardRun& run = p.run[at.run];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
 
   unsigned char* const shared = shared_memory();
-  float2* const partial = reinterpret_cast<float2*>(shared);  // [2][cell tile][warp][lane]
-  unsigned char* const shared_weights = shared + partial_bytes(cell_tiles, 1);
+  float2* const partial = reinterpret_cast<float2*>(shared);  // [2][cell tile][kUnitSums]
+  unsigned char* const shared_weights = shared + 2 * partial_bytes(cell_tiles, 1);
   unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, E::kParts);
 
   const auto weight_rows = [&](int m, int half, int block) {
     const int octet = 2 * m + half;
     const int first = octet < Octets ? (at.first_octet + octet) * kOctet : p.row_stride;
-    return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block * kTeamWarps + at.warp, at.lane);
+    return transposed_weights<E>(run.w_hh, p.hidden, p.row_stride, first, block * kTeamWarps + at.warp, at.lane);
   };
   const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
       reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * at.warp), at.lane,
@@ -102,15 +102,15 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
   const int buffer_vectors = backward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
   ExchangedGradients<E> gradients(
       p, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(at.team) * 2 * buffer_vectors, at.warp, at.lane);
-  BackwardTile<E, 1> cells(p, d, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
+  BackwardTile<E, 1> cells(p, run, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
                            at.lane, tile_memory + at.warp * backward_tile_bytes(W::kBytes));
 
   // The product of the last step gives d_h_0, or what the next run begins with.
-  const int last_product = d.d_h_0 == nullptr && d.end == p.sequences.steps ? d.end - 1 : d.end;
-  for (int n = d.begin; n <= last_product; ++n) {
-    float2* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kWarpThreads;
-    const bool has_step = at.has_cells && n < d.end;
-    if (n == d.begin) {
+  const int last_product = run.d_h_0 == nullptr && run.end == p.sequences.steps ? run.end - 1 : run.end;
+  for (int n = run.begin; n <= last_product; ++n) {
+    float2* const sums_of_step = partial + (n & 1) * cell_tiles * kUnitSums;
+    const bool has_step = at.has_cells && n < run.end;
+    if (n == run.begin) {
       if (has_step) cells.begin(n);
     } else {
       gradients.set_step(n - 1);
@@ -122,18 +122,12 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
           [&](int column_tile, const float (&sums)[kMTiles][4]) {
 #pragma unroll
             for (int o = 0; o < Octets; ++o)
-              sums_of_step[((column_tile * Octets + o) * kTeamWarps + at.warp) * kWarpThreads + at.lane] =
-                  float2{sums[o / 2][o % 2 * 2], sums[o / 2][o % 2 * 2 + 1]};
+              put_unit_sums(sums_of_step, column_tile * Octets + o, at.warp, at.lane, sums[o / 2], o % 2);
           });
       block_barrier();
       if (at.has_cells) {
         float product[1][2] = {};
-#pragma unroll
-        for (int w = 0; w < kTeamWarps; ++w) {
-          const float2 sums = sums_of_step[(at.warp * kTeamWarps + w) * kWarpThreads + at.lane];
-          product[0][0] += sums.x;
-          product[0][1] += sums.y;
-        }
+        add_unit_sums(sums_of_step, at.warp, at.lane, product[0]);
         cells.carry(product);
       }
     }

@@ -1,13 +1,14 @@
-// The persistent family, forward: a team of CTAs keeps the recurrent weights in registers for the whole sequence and
-// exchanges h through L2 after every step (see product.cuh). Called by the driver for one layer.
+// The persistent family, forward: a team of CTAs keeps the recurrent weights of a layer in registers for a run of steps
+// and exchanges h through L2 after every step (see product.cuh). Called by the driver for a few runs at the same time.
 //
-// CTA `slice` of a team owns `octets` * 8 hidden units, all four gates of them, of which two MMA tiles of 16 rows hold
-// one octet: gates i and f, then g and o. Teams split directions and the batch; they do not meet. All CTAs of the grid
+// A CTA of a team owns `octets` * 8 hidden units, all four gates of them, of which two MMA tiles of 16 rows hold
+// one octet: gates i and f, then g and o. Teams split runs and the batch; they do not meet. All CTAs of the grid
 // have to run at the same time.
 #include "dispatch.cuh"
 #include "exchange.cuh"
 #include "forward_tile.cuh"
 #include "launchers.h"
+#include "partial_sums.cuh"
 #include "product.cuh"
 
 namespace fastlstm::cuda {
@@ -26,7 +27,7 @@ class ExchangedH {
   __device__ __forceinline__ ExchangedH(const ForwardParams& params, const ForwardRun& run, uint4* team_exchange,
                                         int first_column, int warp, int lane)
       : p_(params),
-        d_(run),
+        run_(run),
         order_{run.reverse},
         exchange_(team_exchange),
         first_column_(first_column),
@@ -44,7 +45,7 @@ class ExchangedH {
     tag_ = tag_of(n - 1) ? W::kTag : 0;
     initial_ = zero_ = 0;
     // All read their initial states in the first step; in reverse, shorter sequences begin later.
-    const bool ragged = order_.reverse && p_.sequences.lengths != nullptr, first = n == d_.begin;
+    const bool ragged = order_.reverse && p_.sequences.lengths != nullptr, first = n == run_.begin;
     if (!first && !ragged) return;
     if (first) initial_ = kFirst;
     for (int tile = 0; tile < p_.team.tiles; ++tile) {
@@ -62,7 +63,7 @@ class ExchangedH {
     if (initial_ >> tile & 1) {
       if (zero_ >> tile & 1) return;
       // Later on, others may already write what the next run begins with.
-      const void* const states = initial_ & kFirst ? initial_h(d_) : d_.h_0;
+      const void* const states = initial_ & kFirst ? initial_h(run_) : run_.h_0;
       from = row_vector<E>(states, column(tile), p_.row_stride, block * kTeamWarps + warp_, lane_);
     }
     state = load_relaxed(from);
@@ -80,13 +81,8 @@ class ExchangedH {
     state.y &= ~tags;
     state.z &= ~tags;
     state.w &= ~tags;
-    if constexpr (!W::kHalf && E::kParts == 1)
-      if (tags == 0) {  // who publishes a state rounds it; initial ones are as the tensor has them
-        state.x = E::part(state.x, 0);
-        state.y = E::part(state.y, 0);
-        state.z = E::part(state.z, 0);
-        state.w = E::part(state.w, 0);
-      }
+    if constexpr (!W::kHalf)
+      if (tags == 0) state = as_factors<E>(state);  // initial; who publishes a state makes it a factor
   }
 
   // Makes the sums of columns NaN in which a NaN has arrived.
@@ -127,7 +123,7 @@ class ExchangedH {
   __device__ __forceinline__ int column(int tile) const { return first_column_ + tile * kColumns + lane_ / 4; }
 
   const ForwardParams& p_;
-  const ForwardRun& d_;
+  const ForwardRun& run_;
   const Order order_;
   uint4* const exchange_;
   const int first_column_, warp_, lane_;
@@ -144,16 +140,16 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
   using W = Words<E>;
   constexpr int kMTiles = forward_m_tiles(Octets);
   const TeamPlace at(p, Octets);
-  const ForwardRun& d = p.run[at.run];
+  const ForwardRun& run = p.run[at.run];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
 
   unsigned char* const shared = shared_memory();
-  float4* const partial = reinterpret_cast<float4*>(shared);  // [2][cell tile][warp][2][lane]
-  unsigned char* const shared_weights = shared + partial_bytes(cell_tiles, kGates);
+  float4* const partial = reinterpret_cast<float4*>(shared);  // [2][cell tile][kGateSums]
+  unsigned char* const shared_weights = shared + 2 * partial_bytes(cell_tiles, kGates);
   unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, E::kParts);
 
   const auto weight_rows = [&](int m, int half, int block) {
-    return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.first_octet + m / 2) * kOctet,
+    return forward_weights<E>(run.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.first_octet + m / 2) * kOctet,
                               block * kTeamWarps + at.warp, at.lane);
   };
   const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
@@ -161,14 +157,14 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
       weight_rows);
 
   const int buffer_vectors = forward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
-  ExchangedH<E> states(p, d, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(at.team) * 2 * buffer_vectors,
+  ExchangedH<E> states(p, run, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(at.team) * 2 * buffer_vectors,
                        at.first_column, at.warp, at.lane);
   // Warps without cells have a tile too, whose inputs they never copy.
-  ForwardTile<E, 1> cells(p, d, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
+  ForwardTile<E, 1> cells(p, run, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
                           at.lane, tile_memory + at.warp * forward_tile_bytes(W::kBytes));
 
-  for (int n = d.begin; n < d.end; ++n) {
-    float4* const sums_of_step = partial + (n & 1) * cell_tiles * kTeamWarps * kCellsOfTile;
+  for (int n = run.begin; n < run.end; ++n) {
+    float4* const sums_of_step = partial + (n & 1) * cell_tiles * kGateSums;
     typename ForwardTile<E, 1>::Gates a;
     states.set_step(n);
     multiply_tiles(
@@ -178,31 +174,16 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
         },
         [&](int column_tile, const float (&sums)[kMTiles][4]) {
 #pragma unroll
-          for (int o = 0; o < Octets; ++o) {
-            const float (&i_f)[4] = sums[2 * o];
-            const float (&g_o)[4] = sums[2 * o + 1];
-            float4* const to =
-                sums_of_step + ((column_tile * Octets + o) * kTeamWarps + at.warp) * kCellsOfTile + at.lane;
-            to[0] = float4{i_f[0], i_f[2], g_o[0], g_o[2]};
-            to[kWarpThreads] = float4{i_f[1], i_f[3], g_o[1], g_o[3]};
-          }
+          for (int o = 0; o < Octets; ++o)
+            put_gate_sums(sums_of_step, column_tile * Octets + o, at.warp, at.lane, sums[2 * o], sums[2 * o + 1]);
         });
     block_barrier();
     if (!at.has_cells) continue;
-#pragma unroll(kMTiles* Blocks > 8 ? 2 : 4)  // all at once would take 64 registers
-    for (int w = 0; w < kTeamWarps; ++w)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float4 sums = sums_of_step[(at.warp * kTeamWarps + w) * kCellsOfTile + e * kWarpThreads + at.lane];
-        a[0][e][0] += sums.x;
-        a[0][e][1] += sums.y;
-        a[0][e][2] += sums.z;
-        a[0][e][3] += sums.w;
-      }
+    add_gate_sums<kMTiles * Blocks <= 8 ? 4 : 2>(sums_of_step, at.warp, at.lane, a[0]);
     cells.compute(n, a);
     typename ForwardTile<E, 1>::Outputs h;
     cells.outputs(h);
-    if (n + 1 < d.end) states.publish(n, at.octet, at.tile, h[0]);
+    if (n + 1 < run.end) states.publish(n, at.octet, at.tile, h[0]);
     cells.end(n, a);
   }
   if (at.has_cells) cells.finish();

@@ -139,7 +139,7 @@ Pass pass_of(Element e, bool backward) {
   return factors_of(e).parts == 1 ? pass_with<1>(backward) : pass_with<2>(backward);
 }
 
-// Of each run of steps.
+// Launches that a run of steps takes.
 int launches(const PassPlan& plan, const Problem& p) {
   return plan.waves * (plan.both_directions ? 1 : static_cast<int>(p.directions));
 }
@@ -162,7 +162,7 @@ void add_with_layers(std::vector<PassPlan>& plans, const Problem& p, const Const
     if (layers > 1) steps = std::min(steps, T / 2);
     if (constraints.run_steps) steps = *constraints.run_steps;
     plan->layers = layers;
-    plan->run_steps = static_cast<int>(std::min(T, std::ceil(steps / kRunSteps) * kRunSteps));
+    plan->run_steps = static_cast<int>(std::min(T, std::ceil(steps / kRunStepMultiple) * kRunStepMultiple));
     if (layers > 1 && plan->run_steps == p.T) return;  // nothing happens at the same time
     double total = 0;
     for (int64_t first = 0; first < p.layers; first += layers) {
@@ -247,8 +247,10 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     const auto fits = [](const auto& constraint, const auto& value) { return !constraint || *constraint == value; };
     if (!fits(constraints.family, plan.family)) continue;
     if (plan.family != Family::kStepwise &&
-        !(fits(constraints.octets, plan.team.octets) && fits(constraints.tiles, plan.team.tiles) &&
-          fits(constraints.layers, plan.layers)))
+        !(fits(constraints.octets, plan.team.octets) && fits(constraints.tiles, plan.team.tiles)))
+      continue;
+    if ((plan.family == Family::kResident || plan.family == Family::kPersistent) &&
+        !fits(constraints.layers, plan.layers))
       continue;
     if (!best || plan.microseconds < best->microseconds) best = plan;
   }
@@ -265,7 +267,7 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     if (constraints.octets) message << " octets = " << *constraints.octets;
     if (constraints.tiles) message << " tiles = " << *constraints.tiles;
     if (constraints.layers) message << " layers = " << *constraints.layers;
-    message << " for hidden_size " << p.H << " and num_layers " << p.layers;
+    message << " for hidden_size " << p.H << ", num_layers " << p.layers << " and " << p.T << " time steps";
   } else {
     message << "cannot hold weights of hidden_size " << p.H << " in the registers of ";
     if (constraints.family == Family::kResident)

@@ -45,7 +45,7 @@ struct PassPlan {
   Family family = Family::kStepwise;
   // Of all families but stepwise:
   TeamShape team = {};
-  int groups = 0;                // teams of a direction or layer, which split the batch
+  int groups = 0;                // of column tiles, which split the batch among teams of a direction or layer
   bool both_directions = false;  // at the same time
   int ctas = 0;                  // of a launch
   size_t shared_bytes = 0;       // of each

@@ -1,6 +1,6 @@
 // The resident family: one CTA keeps all recurrent weights of a layer in its registers and runs one column tile of the
-// batch through the whole sequence. Nothing leaves the CTA: the state goes from warp to warp through shared memory, and
-// they meet once per step. Called by the driver for one layer.
+// batch through a run of steps. Nothing leaves the CTA: the state goes from warp to warp through shared memory, and
+// they meet once per step. Called by the driver for a few runs at the same time.
 //
 // A warp owns `octets` * 8 hidden units with all of K, so its sums are whole and stay where the cells need them.
 #include "backward_tile.cuh"
@@ -47,8 +47,8 @@ class SharedStates {
 
 // What both kernels derive from their place in the grid.
 template <class Params>
-struct Place {
-  __device__ __forceinline__ explicit Place(const Params& p)
+struct ResidentPlace {
+  __device__ __forceinline__ explicit ResidentPlace(const Params& p)
       : lane(thread_index() % kWarpThreads),
         warp(thread_index() / kWarpThreads),
         run(block_index() / p.groups),
@@ -59,35 +59,35 @@ struct Place {
 // Shared memory holds the states [2][block][lane], then what the tiles of the warps need.
 template <class E, int Octets, int Blocks>
 __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(const ForwardParams p) {
-  using Tile = ForwardTile<E, Octets>;
+  using Cells = ForwardTile<E, Octets>;
   constexpr int kMTiles = forward_m_tiles(Octets);
-  const Place<ForwardParams> at(p);
-  const ForwardRun& d = p.run[at.run];
+  const ResidentPlace<ForwardParams> at(p);
+  const ForwardRun& run = p.run[at.run];
   unsigned char* const shared = shared_memory();
   SharedStates states(shared, forward_blocks(p.hidden, Words<E>::kBytes), at.lane);
   states.clear();
 
   const ResidentWeights<E, kMTiles, Blocks, kMTiles * Blocks> weights(
       nullptr, at.lane, [&](int m, int half, int block) {
-        return forward_weights<E>(d.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.warp * Octets + m / 2) * kOctet,
-                                  block, at.lane);
+        return forward_weights<E>(run.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half,
+                                  (at.warp * Octets + m / 2) * kOctet, block, at.lane);
       });
-  Tile cells(p, d, at.warp * Octets * kOctet, at.first_column, at.lane,
-             shared + states.bytes() + at.warp * Octets * forward_tile_bytes(Words<E>::kBytes));
+  Cells cells(p, run, at.warp * Octets * kOctet, at.first_column, at.lane,
+              shared + states.bytes() + at.warp * Octets * forward_tile_bytes(Words<E>::kBytes));
   block_barrier();  // states are clear
 
   const auto put_outputs = [&](int n) {
-    typename Tile::Outputs h;
+    typename Cells::Outputs h;
     cells.outputs(h);
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
       if ((at.warp * Octets + o) * kOctet < p.hidden)
         put_h<E>(at.warp * Octets + o, at.lane, h[o], [&](int word, uint32_t value) { states.words(n)[word] = value; });
   };
-  put_outputs(d.begin - 1);
-  for (int n = d.begin; n < d.end; ++n) {
+  put_outputs(run.begin - 1);
+  for (int n = run.begin; n < run.end; ++n) {
     block_barrier();
-    typename Tile::Gates a;
+    typename Cells::Gates a;
     states.set_step(n - 1);
     multiply_tiles(
         weights, 1, states, [&] { cells.begin(n, a); },
@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
 
 template <class E, int Octets, int Blocks>
 __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward(const BackwardParams p) {
-  using Tile = BackwardTile<E, Octets>;
+  using Cells = BackwardTile<E, Octets>;
   constexpr int kMTiles = backward_m_tiles(Octets);
-  const Place<BackwardParams> at(p);
-  const BackwardRun& d = p.run[at.run];
+  const ResidentPlace<BackwardParams> at(p);
+  const BackwardRun& run = p.run[at.run];
   unsigned char* const shared = shared_memory();
   SharedStates states(shared, backward_blocks(p.hidden, Words<E>::kBytes), at.lane);
 
@@ -119,21 +119,21 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
       nullptr, at.lane, [&](int m, int half, int block) {
         const int octet = 2 * m + half;
         const int first = octet < Octets ? (at.warp * Octets + octet) * kOctet : p.row_stride;
-        return transposed_weights<E>(d.w_hh, p.hidden, p.row_stride, first, block, at.lane);
+        return transposed_weights<E>(run.w_hh, p.hidden, p.row_stride, first, block, at.lane);
       });
-  Tile cells(p, d, at.warp * Octets * kOctet, at.first_column, at.lane,
-             shared + states.bytes() + at.warp * Octets * backward_tile_bytes(Words<E>::kBytes));
+  Cells cells(p, run, at.warp * Octets * kOctet, at.first_column, at.lane,
+              shared + states.bytes() + at.warp * Octets * backward_tile_bytes(Words<E>::kBytes));
 
   // The product of the last step gives d_h_0, or what the next run begins with.
-  const int last_product = d.d_h_0 == nullptr && d.end == p.sequences.steps ? d.end - 1 : d.end;
-  for (int n = d.begin; n <= last_product; ++n) {
-    const bool has_step = n < d.end;
-    if (n == d.begin) {
+  const int last_product = run.d_h_0 == nullptr && run.end == p.sequences.steps ? run.end - 1 : run.end;
+  for (int n = run.begin; n <= last_product; ++n) {
+    const bool has_step = n < run.end;
+    if (n == run.begin) {
       cells.begin(n);
     } else {
       block_barrier();
       states.set_step(n - 1);
-      typename Tile::Products product;
+      typename Cells::Products product;
       multiply_tiles(
           weights, 1, states,
           [&] {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
       cells.carry(product);
     }
     if (!has_step) break;
-    typename Tile::Gates d_gates;
+    typename Cells::Gates d_gates;
     cells.compute(n, d_gates);
 #pragma unroll
     for (int o = 0; o < Octets; ++o)

@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <ATen/DeviceGuard.h>
+
 #include <array>
 #include <mutex>
 
@@ -32,6 +34,7 @@ int attribute(cudaDeviceAttr which, int index) {
 }
 
 Device ask(int index) {
+  const at::DeviceGuard guard(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index),
             minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
   const cudaError_t runs = probe_kernels();

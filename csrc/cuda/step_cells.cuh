@@ -25,11 +25,18 @@ struct alignas(sizeof(T) * V) Packed {
 };
 
 template <class E, int V>
-__device__ __forceinline__ void load(const void* from, int64_t at, typename E::Compute (&to)[V]) {
+__device__ __forceinline__ Packed<typename E::Storage, V> load_packed(const void* from, int64_t at) {
   using Storage = typename E::Storage;
-  const auto packed = *reinterpret_cast<const Packed<Storage, V>*>(static_cast<const Storage*>(from) + at);
+  return *reinterpret_cast<const Packed<Storage, V>*>(static_cast<const Storage*>(from) + at);
+}
+template <class E, int V>
+__device__ __forceinline__ void unpack(const Packed<typename E::Storage, V>& packed, typename E::Compute (&to)[V]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) to[v] = E::load(packed.values[v]);
+}
+template <class E, int V>
+__device__ __forceinline__ void load(const void* from, int64_t at, typename E::Compute (&to)[V]) {
+  unpack<E>(load_packed<E, V>(from, at), to);
 }
 template <class E, int V>
 __device__ __forceinline__ void store(void* to, int64_t at, const typename E::Compute (&from)[V]) {
@@ -73,7 +80,8 @@ __device__ __forceinline__ void put_out(const StepForwardParams& p, const Place&
   store<E>(p.h, x.in_rows_of(p.h_stride), h);
 }
 
-// The n-th step of V cells. Two calls, because the product is yet to be computed when the inputs can be loaded.
+// The n-th step of V cells. Two calls, because the product is yet to be computed when the inputs can be loaded: what is
+// loaded is used by the second only, so that nothing waits for it before.
 template <class E, int V>
 class ForwardCells {
   using Compute = typename E::Compute;
@@ -86,44 +94,48 @@ class ForwardCells {
         length_(exists ? length_of(params.sequences, place.b) : 0),
         has_step_(exists && t_ < length_) {
     if (!has_step()) return;
-    const Order order = {p_.run.reverse};
     row_ = row_of(p_.sequences, t_, x_.b);
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) load<E>(p_.run.gates_x, of_gate(gate), a_[gate]);
+    for (int gate = 0; gate < kGates; ++gate) gates_x_[gate] = load_packed<E, V>(p_.run.gates_x, of_gate(gate));
     if (p_.run.b_ih != nullptr) {
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate)
-        for (const void* bias : {p_.run.b_ih, p_.run.b_hh}) {
-          Compute b[V];
-          load<E>(bias, static_cast<int64_t>(gate) * p_.hidden + x_.i, b);
-#pragma unroll
-          for (int v = 0; v < V; ++v) a_[gate][v] += b[v];
-        }
+      for (int gate = 0; gate < kGates; ++gate) {
+        const int64_t at = static_cast<int64_t>(gate) * p_.hidden + x_.i;
+        biases_[0][gate] = load_packed<E, V>(p_.run.b_ih, at);
+        biases_[1][gate] = load_packed<E, V>(p_.run.b_hh, at);
+      }
     }
-    if (order.restarts(p_.sequences, t_, x_.b, length_))
-      clear(c_);
-    else
-      load_state<E>(p_.c, x_.in_rows_of(p_.hidden), c_);
+    load_state<E>(p_.c, x_.in_rows_of(p_.hidden), c_);
+    restarts_ = Order{p_.run.reverse}.restarts(p_.sequences, t_, x_.b, length_);
   }
 
   __device__ __forceinline__ bool has_step() const { return has_step_; }
 
   // For cells that have the step. product: W_hh h.
   __device__ __forceinline__ void finish(const Compute (&product)[kGates][V]) {
-    Compute h[V];
+    Compute a[kGates][V], h[V];
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) {
+      unpack<E>(gates_x_[gate], a[gate]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        a[gate][v] += product[gate][v];
+        if (p_.run.b_ih != nullptr)
+          a[gate][v] += E::load(biases_[0][gate].values[v]) + E::load(biases_[1][gate].values[v]);
+      }
+    }
+    if (restarts_) clear(c_);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-#pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) a_[gate][v] += product[gate][v];
-      cell_state<typename E::Math>(a_[0][v], a_[1][v], a_[2][v], a_[3][v], c_[v]);
-      h[v] = cell_output<typename E::Math>(a_[3][v], c_[v]);
+      cell_state<typename E::Math>(a[0][v], a[1][v], a[2][v], a[3][v], c_[v]);
+      h[v] = cell_output<typename E::Math>(a[3][v], c_[v]);
     }
     const int64_t at = x_.in_rows_of(p_.hidden);
     store_state<E>(p_.c, at, c_);
     if (Order{p_.run.reverse}.last(t_, length_)) store<E>(p_.run.c_n, at, c_);
     if (p_.run.gates != nullptr) {
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.gates, of_gate(gate), a_[gate]);
+      for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.gates, of_gate(gate), a[gate]);
       store_state<E>(p_.run.cells, row_ * p_.hidden + x_.i, c_);
     }
     if (p_.hidden_state != nullptr)
@@ -141,7 +153,9 @@ class ForwardCells {
   const int t_, length_;
   const bool has_step_;
   int64_t row_ = 0;
-  Compute a_[kGates][V], c_[V];
+  bool restarts_ = false;
+  Packed<typename E::Storage, V> gates_x_[kGates], biases_[2][kGates];
+  Compute c_[V];
 };
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -209,7 +223,7 @@ class BackwardCells {
     row_ = row_of(p_.sequences, t_, x_.b);
     const int64_t at = x_.in_rows_of(p_.hidden);
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) load<E>(p_.run.gates, of_gate(gate), g_[gate]);
+    for (int gate = 0; gate < kGates; ++gate) gates_[gate] = load_packed<E, V>(p_.run.gates, of_gate(gate));
     load_state<E>(p_.run.cells, row_ * p_.hidden + x_.i, c_);
     load_state<E>(p_.d_c, at, d_c_);
     restarts_ = order.restarts(p_.sequences, t_, x_.b, length_);
@@ -224,22 +238,23 @@ class BackwardCells {
 
   __device__ __forceinline__ bool has_step() const { return has_step_; }
 
-  // For cells that have the step. d_h: the whole gradient of h_t. Returns the gradients of the gates.
-  __device__ __forceinline__ const Gradients& finish(const Compute (&d_h)[V]) {
+  // For cells that have the step. d_h: the whole gradient of h_t. g: the gradients of the gates.
+  __device__ __forceinline__ void finish(const Compute (&d_h)[V], Gradients& g) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) unpack<E>(gates_[gate], g[gate]);
     if (p_.hidden_states != nullptr) {
       Compute h[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) h[v] = cell_output<typename E::Math>(g_[3][v], c_[v]);
+      for (int v = 0; v < V; ++v) h[v] = cell_output<typename E::Math>(g[3][v], c_[v]);
       store<E>(p_.hidden_states, row_ * p_.hidden + x_.i, h);
     }
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      cell_backward<typename E::Math>(g_[0][v], g_[1][v], g_[2][v], g_[3][v], c_[v], c_before_[v], d_h[v], d_c_[v]);
+      cell_backward<typename E::Math>(g[0][v], g[1][v], g[2][v], g[3][v], c_[v], c_before_[v], d_h[v], d_c_[v]);
     if (restarts_) clear(d_c_);
     store_state<E>(p_.d_c, x_.in_rows_of(p_.hidden), d_c_);
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.d_gates, of_gate(gate), g_[gate]);
-    return g_;
+    for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.d_gates, of_gate(gate), g[gate]);
   }
 
  private:
@@ -252,7 +267,7 @@ class BackwardCells {
   const bool has_step_;
   int64_t row_ = 0;
   bool restarts_ = false;
-  Gradients g_;
+  Packed<typename E::Storage, V> gates_[kGates];
   Compute c_[V], c_before_[V], d_c_[V];
 };
 

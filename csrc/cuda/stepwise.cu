@@ -4,6 +4,7 @@
 // A thread has V consecutive elements of a row of a state: as many as fit into 16 bytes in the compute type if all rows
 // allow it, else one. Elementwise kernels have no order to keep but that of the stream.
 #include <algorithm>
+#include <limits>
 
 #include "dispatch.cuh"
 #include "launchers.h"
@@ -120,7 +121,8 @@ __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardPar
     add_d_y<E>(p, x, d_h);
   else
     load<E>(p.d_hidden, x.in_rows_of(p.hidden), d_h);
-  cells.finish(d_h);
+  typename BackwardCells<E, V>::Gradients d_gates;
+  cells.finish(d_h, d_gates);
 }
 
 template <class E, int V>
@@ -166,6 +168,8 @@ cudaError_t with_vectors(Element element, bool vectors, const F& f) {
 // One thread for V elements of [rows, width].
 template <int V, class Params>
 cudaError_t launch_rows(void (*kernel)(Params), const Params& params, int64_t rows, int width, cudaStream_t stream) {
+  if (rows > std::numeric_limits<int>::max() / ceil_div(width / V, threads_for(width / V)))
+    return cudaErrorInvalidValue;
   return launch(kernel, shape_for(rows, width / V), stream, params);
 }
 

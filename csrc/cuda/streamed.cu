@@ -8,6 +8,7 @@
 // blocks of K, in two buffers in turn.
 #include "dispatch.cuh"
 #include "launchers.h"
+#include "partial_sums.cuh"
 #include "step_cells.cuh"
 #include "weights.cuh"
 
@@ -63,7 +64,9 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[Tiles][MTiles][4], c
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) b[i][tile] = as_factors<E>(b[i][tile]);
 #pragma unroll
       for (int m = 0; m < MTiles; ++m) {
         const OperandWords words(a[i][m][0], a[i][m][1]);
@@ -76,6 +79,7 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[Tiles][MTiles][4], c
         for (int tile = 0; tile < Tiles; ++tile)
           multiply_block<E>(sums[tile][m], sums[tile][m], b[i][tile], [&](int part, int j) { return parts[part][j]; });
       }
+    }
   }
 }
 
@@ -109,7 +113,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
   using Cells = ForwardCells<E, 1>;
   constexpr int kMTiles = forward_m_tiles(Octets), kCellTiles = Octets * Tiles;
   const Tiling<Octets, Tiles> at(p.hidden, p.sequences.batch);
-  float4* const partial = reinterpret_cast<float4*>(shared_memory());  // [cell tile][warp][2][lane]
+  float4* const partial = reinterpret_cast<float4*>(shared_memory());  // [cell tile][kGateSums]
 
   const auto cells_of = [&](int i) {
     return TwoCells<Cells>{{Cells(p, at.cell(i, 0), at.has_cell(i, 0)), Cells(p, at.cell(i, 1), at.has_cell(i, 1))}};
@@ -123,15 +127,14 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
                                      });
 #pragma unroll
     for (int i = 0; i < kCellTiles; ++i) {
-      const float (&i_f)[4] = sums[i / Octets][i % Octets * 2];
-      const float (&g_o)[4] = sums[i / Octets][i % Octets * 2 + 1];
-      float4* const to = partial + (i * kTeamWarps + at.warp) * kCellsOfTile + at.lane;
-      to[0] = float4{i_f[0], i_f[2], g_o[0], g_o[2]};
-      to[kWarpThreads] = float4{i_f[1], i_f[3], g_o[1], g_o[3]};
+      const auto& of_tile = sums[i / Octets];
+      put_gate_sums(partial, i, at.warp, at.lane, of_tile[i % Octets * 2], of_tile[i % Octets * 2 + 1]);
     }
     block_barrier();
   };
   with_cells<kCellTiles>(at.warp, cells_of, put_products, [&](int i, TwoCells<Cells>& cells) {
+    float products[2][kGates] = {};
+    add_gate_sums<4>(partial, i, at.lane, products);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const Place x = at.cell(i, e);
@@ -141,15 +144,9 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
         static_cast<Storage*>(p.h)[h] = static_cast<const Storage*>(p.h_before)[h];
         continue;
       }
-      float product[kGates][1] = {};
+      float product[kGates][1];
 #pragma unroll
-      for (int w = 0; w < kTeamWarps; ++w) {
-        const float4 part = partial[(i * kTeamWarps + w) * kCellsOfTile + e * kWarpThreads + at.lane];
-        product[0][0] += part.x;
-        product[1][0] += part.y;
-        product[2][0] += part.z;
-        product[3][0] += part.w;
-      }
+      for (int gate = 0; gate < kGates; ++gate) product[gate][0] = products[e][gate];
       cells.of[e].finish(product);
     }
   });
@@ -163,7 +160,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
   using Cells = BackwardCells<E, 1>;
   constexpr int kMTiles = backward_m_tiles(Octets), kCellTiles = Octets * Tiles;
   const Tiling<Octets, Tiles> at(p.hidden, p.sequences.batch);
-  float2* const partial = reinterpret_cast<float2*>(shared_memory());  // [cell tile][warp][lane]
+  float2* const partial = reinterpret_cast<float2*>(shared_memory());  // [cell tile][kUnitSums]
   const bool has_product = p.n > 0, is_step = p.n < p.sequences.steps;
 
   const auto cells_of = [&](int i) {
@@ -181,28 +178,18 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
           return unit < p.hidden ? *row_vector<E>(p.transposed_w_hh, unit, p.row_stride, block, at.lane) : uint4{};
         });
 #pragma unroll
-    for (int i = 0; i < kCellTiles; ++i) {
-      const float (&d_h)[4] = sums[i / Octets][i % Octets / 2];
-      partial[(i * kTeamWarps + at.warp) * kWarpThreads + at.lane] =
-          float2{d_h[i % Octets % 2 * 2], d_h[i % Octets % 2 * 2 + 1]};
-    }
+    for (int i = 0; i < kCellTiles; ++i)
+      put_unit_sums(partial, i, at.warp, at.lane, sums[i / Octets][i % Octets / 2], i % Octets % 2);
     block_barrier();
   };
   with_cells<kCellTiles>(at.warp, cells_of, put_products, [&](int i, TwoCells<Cells>& cells) {
-    float2 sum = {};
-    if (has_product) {
-#pragma unroll
-      for (int w = 0; w < kTeamWarps; ++w) {
-        const float2 part = partial[(i * kTeamWarps + w) * kWarpThreads + at.lane];
-        sum.x += part.x;
-        sum.y += part.y;
-      }
-    }
+    float products[2] = {};
+    if (has_product) add_unit_sums(partial, i, at.lane, products);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const Place x = at.cell(i, e);
       if (!at.has_cell(i, e)) continue;
-      const float product[1] = {e == 0 ? sum.x : sum.y};
+      const float product[1] = {products[e]};
       float d_h[1];
       carry<E>(p, x, product, d_h);
       if (!is_step) {
@@ -211,7 +198,8 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
       }
       if (!cells.of[e].has_step()) continue;
       add_d_y<E>(p, x, d_h);
-      const auto& d_gates = cells.of[e].finish(d_h);
+      typename Cells::Gradients d_gates;
+      cells.of[e].finish(d_h, d_gates);
       Packed<Storage, kGates> packed;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) packed.values[gate] = E::store(d_gates[gate][0]);

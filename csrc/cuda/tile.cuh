@@ -12,7 +12,7 @@ class Tile {
   __device__ __forceinline__ Tile(const LaunchParams<Run>& params, const Run& run, int first_unit, int first_column,
                                   int lane, unsigned char* memory)
       : p_(params),
-        d_(run),
+        run_(run),
         order_{run.reverse},
         lane_(lane),
         first_unit_(first_unit),
@@ -34,7 +34,7 @@ class Tile {
   }
 
   const LaunchParams<Run>& p_;
-  const Run& d_;
+  const Run& run_;
   const Order order_;
   const int lane_, first_unit_, first_column_;
   unsigned char* const memory_;

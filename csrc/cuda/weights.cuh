@@ -1,4 +1,4 @@
-// Recurrent weights as A operands that stay in a warp for the whole sequence, read from W_hh as it is stored.
+// Recurrent weights as A operands, read from W_hh as it is stored, and their products with states.
 #pragma once
 
 #include "../cell.h"
@@ -20,6 +20,13 @@ class OperandWords {
  private:
   uint32_t words_[kCount];
 };
+
+// A state as a tensor has it, as a factor of the products below. TF32 is rounded, lest an MMA cuts it off.
+template <class E>
+__device__ __forceinline__ uint4 as_factors(const uint4& state) {
+  if constexpr (E::kParts > 1) return state;
+  return uint4{E::part(state.x, 0), E::part(state.y, 0), E::part(state.z, 0), E::part(state.w, 0)};
+}
 
 // first + second += A times B of a block of K: two MMAs for each product of parts, one to each of the sums, which may
 // be the same. a(part, j): word j of a part of A. `state`: the words of B, of 32-bit elements of two parts still whole.

@@ -135,7 +135,7 @@ MUTATIONS = [
     Mutation(
         "resident forward without the barrier of a step",
         "cuda/resident.cu",
-        "«block_barrier();»\n    typename Tile::Gates a;",
+        "«block_barrier();»\n    typename Cells::Gates a;",
         "",
         "a warp multiplies states that other warps have not made yet",
         (RESIDENT,),
@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation(
         "resident backward without its barrier",
         "cuda/resident.cu",
-        "«block_barrier();»\n      states.set_step(n - 1);\n      typename Tile::Products product;",
+        "«block_barrier();»\n      states.set_step(n - 1);\n      typename Cells::Products product;",
         "",
         "a warp multiplies gradients that other warps have not made yet",
         (RESIDENT,),
@@ -241,7 +241,7 @@ MUTATIONS = [
     Mutation(
         "one set of forward sums",
         "cuda/persistent_forward.cu",
-        "«(n & 1) * cell_tiles * kTeamWarps * kCellsOfTile»",
+        "«(n & 1) * cell_tiles * kGateSums»",
         "0",
         "the next step's sums are put where a slow warp still reads",
         (element(PERSISTENT, "fp32"), element(TILES, "fp32")),
@@ -249,7 +249,7 @@ MUTATIONS = [
     Mutation(
         "one set of backward sums",
         "cuda/persistent_backward.cu",
-        "«(n & 1) * cell_tiles * kTeamWarps * kWarpThreads»",
+        "«(n & 1) * cell_tiles * kUnitSums»",
         "0",
         "the next step's sums are put where a slow warp still reads",
         (element(PERSISTENT, "fp32"), element(TILES, "fp32")),
@@ -501,15 +501,15 @@ MUTATIONS = [
     ),
     Mutation(
         "the sums of one warp are left out",
-        "cuda/persistent_backward.cu",
-        "«product[0][1] += sums.y;»",
-        "if (w != 1) product[0][1] += sums.y;",
+        "cuda/partial_sums.cuh",
+        "«d_h[1] += part.y;»",
+        "if (w != 1) d_h[1] += part.y;",
         "terms are missing",
         (PERSISTENT,),
     ),
     Mutation(
         "sums of the wrong gate",
-        "cuda/persistent_forward.cu",
+        "cuda/partial_sums.cuh",
         "float4{i_f[1], «i_f[3]», g_o[1], g_o[3]}",
         "i_f[1]",
         "f is not i",
@@ -778,7 +778,7 @@ MUTATIONS = [
     Mutation(
         "sequences that begin late read what a run hands on",
         "cuda/persistent_forward.cu",
-        "const void* const states = «initial_ & kFirst» ? initial_h(d_)",
+        "const void* const states = «initial_ & kFirst» ? initial_h(run_)",
         "true",
         "another CTA may have handed on its states already",
         (replace(ragged(RUNS[0]), H=30, forward_shape=(1, 0, 0, 0, 4)),),
@@ -786,7 +786,7 @@ MUTATIONS = [
     Mutation(
         "c of a run begins with c_0",
         "cuda/forward_tile.cuh",
-        ": «d_.begin > 0» ? d_.carried_c",
+        ": «run_.begin > 0» ? run_.carried_c",
         "false",
         "the states of earlier steps are lost",
         LAYERS,
@@ -794,8 +794,8 @@ MUTATIONS = [
     Mutation(
         "only the last run hands on its states",
         "cuda/forward_tile.cuh",
-        "const bool last_run = «d_.end == p_.sequences.steps»;",
-        "d_.end != p_.sequences.steps",
+        "const bool last_run = «run_.end == p_.sequences.steps»;",
+        "run_.end != p_.sequences.steps",
         "the runs before it do",
         LAYERS,
     ),
@@ -810,7 +810,7 @@ MUTATIONS = [
     Mutation(
         "a run goes on to the last step",
         "cuda/persistent_forward.cu",
-        "n < «d.end»; ++n) {",
+        "n < «run.end»; ++n) {",
         "p.sequences.steps",
         "the next layer's steps are not ready",
         LAYERS[:1],
@@ -818,7 +818,7 @@ MUTATIONS = [
     Mutation(
         "d_h of a run begins with d_h_n",
         "cuda/backward_tile.cuh",
-        "d_h_[o][e] = «d_.begin > 0» ?",
+        "d_h_[o][e] = «run_.begin > 0» ?",
         "false",
         "the gradients of later steps are lost",
         LAYERS,
@@ -826,7 +826,7 @@ MUTATIONS = [
     Mutation(
         "d_c of a run begins with d_c_n",
         "cuda/backward_tile.cuh",
-        "d_c_[o][e] = «d_.begin > 0» ?",
+        "d_c_[o][e] = «run_.begin > 0» ?",
         "false",
         "the gradients of later steps are lost",
         LAYERS,
@@ -834,7 +834,7 @@ MUTATIONS = [
     Mutation(
         "a run's last product is left out",
         "cuda/persistent_backward.cu",
-        "d.d_h_0 == nullptr && «d.end == p.sequences.steps» ?",
+        "run.d_h_0 == nullptr && «run.end == p.sequences.steps» ?",
         "true",
         "the next run begins with it",
         (replace(LAYERS[0], needs=(True, False)),),
@@ -842,7 +842,7 @@ MUTATIONS = [
     Mutation(
         "a resident run's last product is left out",
         "cuda/resident.cu",
-        "d.d_h_0 == nullptr && «d.end == p.sequences.steps» ?",
+        "run.d_h_0 == nullptr && «run.end == p.sequences.steps» ?",
         "true",
         "the next run begins with it",
         (replace(LAYERS[1], needs=(True, False)),),
@@ -850,8 +850,8 @@ MUTATIONS = [
     Mutation(
         "cell states end with the run",
         "cuda/backward_tile.cuh",
-        "const bool exists = «n <= d_.end» &&",
-        "n < d_.end",
+        "const bool exists = «n <= run_.end» &&",
+        "n < run_.end",
         "the last step reads the cell state before it",
         LAYERS,
     ),
@@ -900,7 +900,7 @@ MUTATIONS = [
     Mutation(
         "resets one step late",
         "cuda/forward_tile.cuh",
-        "restart_[e] = n + 1 < d_.end && «restarts(n + 1, e)»;",
+        "restart_[e] = n + 1 < run_.end && «restarts(n + 1, e)»;",
         "restarts(n, e)",
         "states are zero before the marked step",
         _each(cut, _FUSED),
@@ -941,7 +941,7 @@ MUTATIONS = [
     Mutation(
         "b_hh is left out",
         "cuda/forward_tile.cuh",
-        "+ «E::load(static_cast<const Storage*>(d_.b_hh)[at])»;",
+        "+ «E::load(static_cast<const Storage*>(run_.b_hh)[at])»;",
         "0.f",
         "it is added to b_ih",
         _FUSED,
@@ -949,7 +949,7 @@ MUTATIONS = [
     Mutation(
         "the first step's c_{t-1} is not c_0",
         "cuda/backward_tile.cuh",
-        ": «first» ? state(d_.c_0, o, e)",
+        ": «first» ? state(run_.c_0, o, e)",
         "false",
         "there is no step before it",
         _FUSED,
@@ -965,7 +965,7 @@ MUTATIONS = [
     Mutation(
         "d_y is left out",
         "cuda/backward_tile.cuh",
-        "«if (d_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);»",
+        "«if (run_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);»",
         "",
         "it is part of the gradient of h",
         _FUSED,
@@ -973,7 +973,7 @@ MUTATIONS = [
     Mutation(
         "d_c_n is left out",
         "cuda/backward_tile.cuh",
-        "carried(d_.carried_d_c, o, e) : «state(d_.d_c_n, o, e)»;",
+        "carried(run_.carried_d_c, o, e) : «state(run_.d_c_n, o, e)»;",
         "0.f",
         "it is where the gradient of c begins",
         _FUSED,
@@ -981,7 +981,7 @@ MUTATIONS = [
     Mutation(
         "persistent d_h_0 without the last product",
         "cuda/persistent_backward.cu",
-        "const int last_product = «d.d_h_0 == nullptr» &&",
+        "const int last_product = «run.d_h_0 == nullptr» &&",
         "true",
         "it is W_hh^T times the first step's gradients",
         (PERSISTENT,),
@@ -989,7 +989,7 @@ MUTATIONS = [
     Mutation(
         "resident d_h_0 without the last product",
         "cuda/resident.cu",
-        "const int last_product = «d.d_h_0 == nullptr» &&",
+        "const int last_product = «run.d_h_0 == nullptr» &&",
         "true",
         "it is W_hh^T times the first step's gradients",
         (RESIDENT,),
@@ -1055,7 +1055,7 @@ MUTATIONS = [
     Mutation(
         "streamed forward without its barrier",
         "cuda/streamed.cu",
-        "to[kWarpThreads] = float4{i_f[1], i_f[3], g_o[1], g_o[3]};\n    }\n    «block_barrier();»",
+        "of_tile[i % Octets * 2 + 1]);\n    }\n    «block_barrier();»",
         "",
         "sums are added before all warps have put theirs",
         (STREAMED,),
@@ -1063,7 +1063,7 @@ MUTATIONS = [
     Mutation(
         "streamed backward without its barrier",
         "cuda/streamed.cu",
-        "d_h[i % Octets % 2 * 2 + 1]};\n    }\n    «block_barrier();»",
+        "i % Octets % 2);\n    «block_barrier();»",
         "",
         "sums are added before all warps have put theirs",
         (STREAMED,),
@@ -1135,7 +1135,7 @@ MUTATIONS = [
     Mutation(
         "streamed: d_h of the other octet",
         "cuda/streamed.cu",
-        "const float (&d_h)[4] = sums[i / Octets][«i % Octets / 2»];",
+        "sums[i / Octets][«i % Octets / 2»], i % Octets % 2);",
         "0",
         "a CTA of four octets has two MMA tiles of them",
         (replace(STREAMED, backward_shape=(4, 4)),),
