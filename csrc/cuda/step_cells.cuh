@@ -61,11 +61,45 @@ __device__ __forceinline__ void clear(T (&values)[V]) {
   for (int v = 0; v < V; ++v) values[v] = T(0);
 }
 
-// ------------------------------------------------------------------------------------------------ forward
-
+// The step that is the n-th of a pass.
 __device__ __forceinline__ int time_of(const StepForwardParams& p, int n) {
   return Order{p.run.reverse}.time(n, p.sequences.steps);
 }
+__device__ __forceinline__ int time_of(const StepBackwardParams& p, int n) {
+  return Order{p.run.reverse}.time(p.sequences.steps - 1 - n, p.sequences.steps);
+}
+
+// The n-th step of V cells, in both passes. They have a constructor and finish(), because the product is yet to be
+// computed when the inputs can be loaded: what is loaded is used by the second only, so that nothing waits for it
+// before.
+template <class Params>
+class StepCells {
+ public:
+  __device__ __forceinline__ bool has_step() const { return has_step_; }
+
+ protected:
+  __device__ __forceinline__ StepCells(const Params& params, const Place& place, bool exists)
+      : p_(params),
+        x_(place),
+        t_(time_of(params, params.n)),
+        length_(exists ? length_of(params.sequences, place.b) : 0),
+        has_step_(exists && t_ < length_),
+        row_(has_step_ ? row_of(params.sequences, t_, place.b) : 0) {}
+
+  // In rows of gates.
+  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
+  __device__ __forceinline__ bool restarts() const {
+    return Order{p_.run.reverse}.restarts(p_.sequences, t_, x_.b, length_);
+  }
+
+  const Params& p_;
+  const Place x_;
+  const int t_, length_;
+  const bool has_step_;
+  const int64_t row_;
+};
+
+// ------------------------------------------------------------------------------------------------ forward
 
 // Puts out h_t, which a column has: into y, into what the next product reads, and into h_n after a sequence's last
 // step.
@@ -80,21 +114,14 @@ __device__ __forceinline__ void put_out(const StepForwardParams& p, const Place&
   store<E>(p.h, x.in_rows_of(p.h_stride), h);
 }
 
-// The n-th step of V cells. Two calls, because the product is yet to be computed when the inputs can be loaded: what is
-// loaded is used by the second only, so that nothing waits for it before.
 template <class E, int V>
-class ForwardCells {
+class ForwardCells : public StepCells<StepForwardParams> {
   using Compute = typename E::Compute;
 
  public:
   __device__ __forceinline__ ForwardCells(const StepForwardParams& params, const Place& place, bool exists = true)
-      : p_(params),
-        x_(place),
-        t_(time_of(params, params.n)),
-        length_(exists ? length_of(params.sequences, place.b) : 0),
-        has_step_(exists && t_ < length_) {
+      : StepCells(params, place, exists) {
     if (!has_step()) return;
-    row_ = row_of(p_.sequences, t_, x_.b);
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) gates_x_[gate] = load_packed<E, V>(p_.run.gates_x, of_gate(gate));
     if (p_.run.b_ih != nullptr) {
@@ -106,10 +133,8 @@ class ForwardCells {
       }
     }
     load_state<E>(p_.c, x_.in_rows_of(p_.hidden), c_);
-    restarts_ = Order{p_.run.reverse}.restarts(p_.sequences, t_, x_.b, length_);
+    restarts_ = restarts();
   }
-
-  __device__ __forceinline__ bool has_step() const { return has_step_; }
 
   // For cells that have the step. product: W_hh h.
   __device__ __forceinline__ void finish(const Compute (&product)[kGates][V]) {
@@ -145,24 +170,12 @@ class ForwardCells {
   }
 
  private:
-  // In rows of gates.
-  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
-
-  const StepForwardParams& p_;
-  const Place x_;
-  const int t_, length_;
-  const bool has_step_;
-  int64_t row_ = 0;
   bool restarts_ = false;
   Packed<typename E::Storage, V> gates_x_[kGates], biases_[2][kGates];
   Compute c_[V];
 };
 
 // ------------------------------------------------------------------------------------------------ backward
-
-__device__ __forceinline__ int time_of(const StepBackwardParams& p, int n) {
-  return Order{p.run.reverse}.time(p.sequences.steps - 1 - n, p.sequences.steps);
-}
 
 // d_h: the gradient of what step n gave to the steps that the forward pass computed after it. From step 1 on, it is the
 // product with the gradients of the step before, unless the column did not have that step.
@@ -204,39 +217,30 @@ __device__ __forceinline__ void put_initial_d_c(const StepBackwardParams& p, con
   store<E>(p.run.d_c_0, x.in_rows_of(p.hidden), d_c);
 }
 
-// The n-th step of V cells.
 template <class E, int V>
-class BackwardCells {
+class BackwardCells : public StepCells<StepBackwardParams> {
   using Compute = typename E::Compute;
 
  public:
   using Gradients = Compute[kGates][V];
 
   __device__ __forceinline__ BackwardCells(const StepBackwardParams& params, const Place& place, bool exists = true)
-      : p_(params),
-        x_(place),
-        t_(time_of(params, params.n)),
-        length_(exists ? length_of(params.sequences, place.b) : 0),
-        has_step_(exists && t_ < length_) {
+      : StepCells(params, place, exists) {
     if (!has_step()) return;
-    const Order order = {p_.run.reverse};
-    row_ = row_of(p_.sequences, t_, x_.b);
     const int64_t at = x_.in_rows_of(p_.hidden);
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) gates_[gate] = load_packed<E, V>(p_.run.gates, of_gate(gate));
     load_state<E>(p_.run.cells, row_ * p_.hidden + x_.i, c_);
     load_state<E>(p_.d_c, at, d_c_);
-    restarts_ = order.restarts(p_.sequences, t_, x_.b, length_);
+    restarts_ = restarts();
     if (restarts_)
       clear(c_before_);
-    else if (order.first(t_, length_))
+    else if (Order{p_.run.reverse}.first(t_, length_))
       load<E>(p_.run.c_0, at, c_before_);
     else
       load_state<E>(p_.run.cells, row_of(p_.sequences, p_.run.reverse ? t_ + 1 : t_ - 1, x_.b) * p_.hidden + x_.i,
                     c_before_);
   }
-
-  __device__ __forceinline__ bool has_step() const { return has_step_; }
 
   // For cells that have the step. d_h: the whole gradient of h_t. g: the gradients of the gates.
   __device__ __forceinline__ void finish(const Compute (&d_h)[V], Gradients& g) {
@@ -258,14 +262,6 @@ class BackwardCells {
   }
 
  private:
-  // In rows of gates.
-  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
-
-  const StepBackwardParams& p_;
-  const Place x_;
-  const int t_, length_;
-  const bool has_step_;
-  int64_t row_ = 0;
   bool restarts_ = false;
   Packed<typename E::Storage, V> gates_[kGates];
   Compute c_[V], c_before_[V], d_c_[V];
