@@ -116,17 +116,12 @@ class Stack {
   }
   // Whether rows of H elements begin at multiples of 16 bytes: kernels then load them in such pieces.
   bool aligned(std::initializer_list<const Tensor*> tensors) const {
-    const int64_t elements = 16 / storage_bytes(element);
-    bool all = p.H % elements == 0;
-    for (const Tensor* t : tensors) all = all && is_aligned(*t);
-    return all;
+    return p.H % (16 / storage_bytes(element)) == 0 && begin_aligned(tensors);
   }
   // Whether kernels for single steps may load a few elements at once: 16 bytes of the compute type.
   bool vectors(std::initializer_list<const Tensor*> tensors) const {
     const int64_t elements = element == Element::kFp64 ? 2 : 4;
-    bool all = p.H % elements == 0 && p.P % elements == 0;
-    for (const Tensor* t : tensors) all = all && is_aligned(*t);
-    return all;
+    return p.H % elements == 0 && p.P % elements == 0 && begin_aligned(tensors);
   }
   // What the teams of a launch exchange their states through, with all tags as no first step has them.
   Tensor exchange_buffer(const PassPlan& plan, int runs, int blocks_of_k) const {
@@ -164,8 +159,10 @@ class Stack {
   Sequences sequences = {};
 
  private:
-  static bool is_aligned(const Tensor& t) {
-    return !t.defined() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  // Of those that are defined: whether they begin at multiples of 16 bytes.
+  static bool begin_aligned(std::initializer_list<const Tensor*> tensors) {
+    return std::ranges::all_of(
+        tensors, [](const Tensor* t) { return !t->defined() || reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0; });
   }
   Tensor on_device(const std::vector<int64_t>& values) const {
     const Tensor on_host = at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())},
@@ -612,7 +609,7 @@ ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, c
         layers.push_back({l, below, out, h_n, c_n, save ? saved[0] : Tensor(), save ? saved[1] : Tensor()});
         below = out;
       }
-      if (plan.family == Family::kResident || plan.family == Family::kPersistent) {
+      if (keeps_weights(plan.family)) {
         fused_forward(s, layers, plan);
         continue;
       }
@@ -681,7 +678,7 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
       }
       layers.push_back(std::move(layer));
     }
-    if (plan.family == Family::kResident || plan.family == Family::kPersistent) fused_backward(s, layers, plan);
+    if (keeps_weights(plan.family)) fused_backward(s, layers, plan);
     for (int64_t d = 0; d < p.directions; ++d) {
       if (plan.family == Family::kStreamed) streamed_backward(s, layers[0], d, plan);
       if (plan.family == Family::kStepwise) stepwise_backward(s, layers[0], d);

@@ -80,27 +80,6 @@ double stepwise_microseconds(const Problem& p, Element e, const Device& d) {
   return static_cast<double>(p.directions) * std::max(products * cost::kLibraryStep, of_gpu);
 }
 
-PassPlan streamed_plan(const Problem& p, Element e, const Device& d, const StreamedVariant& variant, bool backward) {
-  const Factors f = factors_of(e);
-  const int hidden = static_cast<int>(p.H), column_tiles = static_cast<int>((p.B + kColumns - 1) / kColumns);
-  const int m_tiles = backward ? backward_m_tiles(variant.octets) : forward_m_tiles(variant.octets),
-            blocks = backward ? backward_blocks(hidden, f.bytes) : forward_blocks(hidden, f.bytes);
-  PassPlan plan;
-  plan.family = Family::kStreamed;
-  plan.team = {variant.octets, 0, variant.tiles};
-  plan.groups = ceil_div(column_tiles, variant.tiles);
-  plan.ctas = team_ctas(hidden, variant.octets) * plan.groups;
-  plan.shared_bytes = streamed_shared_bytes(variant, backward ? 1 : kGates);
-  plan.waves = 1;
-  const double turns = ceil_div(plan.ctas, d.sms), rows = 16.0 * m_tiles + kColumns * variant.tiles;
-  const double load = turns * rows * blocks * kBlockBytes / cost::kL2Bytes,
-               multiply = turns * mmas_per_warp(m_tiles, blocks, f.parts) * variant.tiles * cost::kMma / 4;
-  plan.microseconds = static_cast<double>(p.directions) *
-                      (cost::kStepLaunch + cost::kStepLatency / (d.gigahertz * 1e3) +
-                       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, e, d)));
-  return plan;
-}
-
 using Variants = std::span<const TeamVariant>;
 
 // Of those that hold all blocks, the smallest one of its octets: the others would multiply zeros.
@@ -126,6 +105,9 @@ struct Pass {
   size_t shared_bytes(const TeamShape& team, const Factors& f) const {
     return backward ? backward_shared_bytes(team, f) : forward_shared_bytes(team, f);
   }
+  size_t streamed_bytes(const StreamedVariant& variant) const {
+    return streamed_shared_bytes(variant, backward ? 1 : kGates);
+  }
 };
 
 template <int Parts>
@@ -137,6 +119,26 @@ Pass pass_with(bool backward) {
 
 Pass pass_of(Element e, bool backward) {
   return factors_of(e).parts == 1 ? pass_with<1>(backward) : pass_with<2>(backward);
+}
+
+PassPlan streamed_plan(const Problem& p, Element e, const Device& d, const StreamedVariant& variant, const Pass& pass) {
+  const Factors f = factors_of(e);
+  const int hidden = static_cast<int>(p.H), column_tiles = static_cast<int>((p.B + kColumns - 1) / kColumns);
+  const int m_tiles = pass.m_tiles(variant.octets), blocks = pass.blocks_of_k(hidden, f.bytes);
+  PassPlan plan;
+  plan.family = Family::kStreamed;
+  plan.team = {variant.octets, 0, variant.tiles};
+  plan.groups = ceil_div(column_tiles, variant.tiles);
+  plan.ctas = team_ctas(hidden, variant.octets) * plan.groups;
+  plan.shared_bytes = pass.streamed_bytes(variant);
+  plan.waves = 1;
+  const double turns = ceil_div(plan.ctas, d.sms), rows = 16.0 * m_tiles + kColumns * variant.tiles;
+  const double load = turns * rows * blocks * kBlockBytes / cost::kL2Bytes,
+               multiply = turns * mmas_per_warp(m_tiles, blocks, f.parts) * variant.tiles * cost::kMma / 4;
+  plan.microseconds = static_cast<double>(p.directions) *
+                      (cost::kStepLaunch + cost::kStepLatency / (d.gigahertz * 1e3) +
+                       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, e, d)));
+  return plan;
 }
 
 // Launches that a run of steps takes.
@@ -184,7 +186,7 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
   // A projection is one more product per step, and what it makes of h is not bounded.
   if (!has_mma(e) || p.P > 0 || p.B == 0) return plans;
   for (const StreamedVariant& variant : pass.streamed) {
-    PassPlan plan = streamed_plan(p, e, d, variant, pass.backward);
+    PassPlan plan = streamed_plan(p, e, d, variant, pass);
     if (plan.shared_bytes <= static_cast<size_t>(d.shared_bytes)) plans.push_back(plan);
   }
   if (p.H > 4096) return plans;
@@ -249,9 +251,7 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     if (plan.family != Family::kStepwise &&
         !(fits(constraints.octets, plan.team.octets) && fits(constraints.tiles, plan.team.tiles)))
       continue;
-    if ((plan.family == Family::kResident || plan.family == Family::kPersistent) &&
-        !fits(constraints.layers, plan.layers))
-      continue;
+    if (keeps_weights(plan.family) && !fits(constraints.layers, plan.layers)) continue;
     if (!best || plan.microseconds < best->microseconds) best = plan;
   }
   if (best) return *best;
@@ -326,7 +326,7 @@ std::vector<CompiledKernel> compiled_kernels() {
             {Family::kPersistent, backward, e, v.octets, v.blocks, bytes(1), bytes(kTeamWarps / v.octets)});
       }
       for (const StreamedVariant& v : pass.streamed) {
-        const size_t bytes = streamed_shared_bytes(v, backward ? 1 : kGates);
+        const size_t bytes = pass.streamed_bytes(v);
         kernels.push_back({Family::kStreamed, backward, e, v.octets, v.tiles, bytes, bytes});
       }
     }

@@ -58,6 +58,9 @@ struct PassPlan {
 // Steps of a run of `count` layers, the last of a stack, of which the plan would run more: one has nobody to wait for.
 int run_steps(const PassPlan& plan, int count, int64_t steps);
 
+// Of a family: whether CTAs keep the weights for a run of steps.
+constexpr bool keeps_weights(Family family) { return family == Family::kResident || family == Family::kPersistent; }
+
 const char* family_name(Family family);
 std::vector<Family> families();
 

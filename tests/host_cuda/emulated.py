@@ -13,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-import fastlstm  # noqa: F401  # registers the operators whose schemas the emulated ones copy
+from fastlstm._ops import Options  # with it, fastlstm registers the operators whose schemas the emulated ones copy
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -145,25 +146,18 @@ def plan(backward: bool, element: str, T: int, B: int, H: int, P: int = 0, L: in
     return None if text.startswith("!") else text
 
 
+NO_OPTIONS = Options(None, None, None, None, 1, bidirectional=False, has_bias=True, reduced_products=True)
+
+
 def lstm(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor,
-    *,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reset_mask: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    has_bias: bool = True,
-    reduced_products: bool = True,
-    save: bool = True,
+    x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, *, save: bool = True, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """fastlstm::lstm as a GPU would compute it: ``(y, h_n, c_n, saved)``."""
-    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, reduced_products)
-    return torch.ops.fastlstm_emulated.lstm(x, list(weights), h_0, c_0, *options, save)
+    """fastlstm::lstm as a GPU would compute it: ``(y, h_n, c_n, saved)``.
+
+    ``options``: those of :class:`fastlstm._ops.Options` that are not as in NO_OPTIONS.
+    """
+    all_options = NO_OPTIONS._replace(**options)
+    return torch.ops.fastlstm_emulated.lstm(x, list(weights), h_0, c_0, *all_options, save)
 
 
 def lstm_backward(
@@ -175,21 +169,13 @@ def lstm_backward(
     y: Tensor,
     saved: Sequence[Tensor],
     needs: Sequence[int],
-    *,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reset_mask: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    has_bias: bool = True,
-    reduced_products: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """fastlstm::lstm_backward as a GPU would compute it: ``(d_x, d_h_0, d_c_0, d_weights)``.
 
-    ``gradients``: those of y, h_n and c_n.
+    ``gradients``: those of y, h_n and c_n. ``options``: as of :func:`lstm`.
     """
-    options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, reduced_products)
+    all_options = NO_OPTIONS._replace(**options)
     return torch.ops.fastlstm_emulated.lstm_backward(
-        *gradients, x, list(weights), h_0, c_0, y, list(saved), *options, list(needs)
+        *gradients, x, list(weights), h_0, c_0, y, list(saved), *all_options, list(needs)
     )

@@ -632,7 +632,7 @@ MUTATIONS = [
     Mutation(
         "rows that are not aligned count as aligned",
         "cuda/cuda_ops.cpp",
-        "bool all = «p.H % elements == 0»;",
+        "return «p.H % (16 / storage_bytes(element)) == 0» && begin_aligned",
         "true",
         "loads of 16 bytes need aligned addresses",
         _FUSED,
@@ -640,8 +640,8 @@ MUTATIONS = [
     Mutation(
         "tensors that are not aligned count as aligned",
         "cuda/cuda_ops.cpp",
-        "reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == «0»",
-        "reinterpret_cast<uintptr_t>(t.data_ptr()) % 16",
+        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == «0»",
+        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16",
         "loads of 16 bytes need aligned addresses",
         (replace(PERSISTENT, H=72, offset=1), replace(RESIDENT, H=72, offset=1)),
     ),
@@ -1046,7 +1046,7 @@ MUTATIONS = [
     Mutation(
         "stepwise: several elements at a time where rows do not allow it",
         "cuda/cuda_ops.cpp",
-        "bool all = «p.H % elements == 0 && p.P % elements == 0»;",
+        "return «p.H % elements == 0 && p.P % elements == 0» && begin_aligned",
         "true",
         "rows begin at addresses that such loads do not take",
         (STEPWISE, PROJECTED),
