@@ -14,8 +14,8 @@ namespace fastlstm::cuda {
 template <class E, int Octets>
 class BackwardTile : Tile<BackwardRun, Octets> {
   using Base = Tile<BackwardRun, Octets>;
-  using Base::column, Base::run_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
-      Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
+  using Base::column, Base::copied_column, Base::copied_length_, Base::run_, Base::first_unit_, Base::has_cells,
+      Base::has_state, Base::lane_, Base::length_, Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
 
  public:
   using Storage = typename E::Storage;
@@ -29,15 +29,13 @@ class BackwardTile : Tile<BackwardRun, Octets> {
     if (!has_cells()) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      length_[e] = length_of(p_.sequences, column(e));
-      restarted_[e] = active_[e] = false;
+      restarts_[e] = restarted_[e] = active_[e] = false;
 #pragma unroll
       for (int o = 0; o < Octets; ++o) {
         d_h_[o][e] = run_.begin > 0 ? carried(run_.carried_d_h, o, e) : state(run_.d_h_n, o, e);
         d_c_[o][e] = run_.begin > 0 ? carried(run_.carried_d_c, o, e) : state(run_.d_c_n, o, e);
       }
     }
-    copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
     for (int n = run_.begin; n < run_.begin + kBackwardStages - 1; ++n) copy_inputs(n);
   }
 
@@ -45,6 +43,7 @@ class BackwardTile : Tile<BackwardRun, Octets> {
   __device__ __forceinline__ void begin(int n) {
     copy_async_wait<kBackwardStages - 3>();  // and the next step's: its c_t is the c_{t-1} of this one
     warp_barrier();
+    if (p_.sequences.resets == nullptr) return;
     const int t = time(n);
 #pragma unroll
     for (int e = 0; e < 2; ++e)
@@ -78,7 +77,9 @@ class BackwardTile : Tile<BackwardRun, Octets> {
         for (int gate = 0; gate < kGates; ++gate) g[gate] = E::load(gates[gate * kCellsOfTile + cell]);
         float d_h = d_h_[o][e], d_c = d_c_[o][e];
         if (run_.d_y != nullptr) d_h += E::load(gates[kGates * kCellsOfTile + cell]);
-        const float c_before = restarts_[e] ? 0.f : first ? state(run_.c_0, o, e) : cells(o, n + 1)[cell];
+        float c_before = cells(o, n + 1)[cell];
+        if (first) c_before = state(run_.c_0, o, e);
+        if (restarts_[e]) c_before = 0.f;
         cell_backward<typename E::Math>(g[0], g[1], g[2], g[3], cells(o, n)[cell], c_before, d_h, d_c);
         if (active_[e]) d_c_[o][e] = restarts_[e] ? 0.f : d_c;
 #pragma unroll
@@ -90,16 +91,13 @@ class BackwardTile : Tile<BackwardRun, Octets> {
   // Stores what the n-th step made and starts to copy a later step's inputs.
   __device__ __forceinline__ void end(int n, const Gates& d_gates) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (!active_[e]) continue;
-      const int64_t row = row_of(p_.sequences, time(n), column(e));
+    for (int o = 0; o < Octets; ++o) {
+      const typename Base::Rows rows(*this, time(n), o);
 #pragma unroll
-      for (int o = 0; o < Octets; ++o) {
-        if (unit(o) >= p_.hidden) continue;
-        Storage* const to = static_cast<Storage*>(run_.d_gates) + row * kGates * p_.hidden + unit(o);
-#pragma unroll
-        for (int gate = 0; gate < kGates; ++gate)
-          to[static_cast<int64_t>(gate) * p_.hidden] = E::store(d_gates[o][e][gate]);
+      for (int gate = 0; gate < kGates; ++gate) {
+        const float values[2] = {d_gates[o][0][gate], d_gates[o][1][gate]};
+        rows.template store<E>(static_cast<Storage*>(run_.d_gates) + gate * p_.hidden + first_unit_, kGates * p_.hidden,
+                               values);
       }
     }
     copy_inputs(n + kBackwardStages - 1);
@@ -154,13 +152,14 @@ class BackwardTile : Tile<BackwardRun, Octets> {
   __device__ __forceinline__ void copy_inputs(int n) {
     const int part = lane_ / kColumns, column = lane_ % kColumns;
     const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < copied_length_;
-    const int64_t row = exists ? row_of(p_.sequences, time(n), first_column_ + column) : 0;
+    const uint64_t row = exists ? row_of_few(p_.sequences, time(n), copied_column()) : 0;
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       const int units = exists ? p_.hidden - first_unit_ - o * kOctet : 0, count = n < run_.end ? units : 0,
                 unit = units > 0 ? first_unit_ + o * kOctet : 0;
       copy_octet(stage(o, n) + lane_ * kOctet,
-                 static_cast<const Storage*>(run_.gates) + (row * kGates + part) * p_.hidden + unit, count, p_.aligned);
+                 static_cast<const Storage*>(run_.gates) + row * (kGates * p_.hidden) + part * p_.hidden + unit, count,
+                 p_.aligned);
       if (part == 0 && run_.d_y != nullptr)
         copy_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
                    static_cast<const Storage*>(run_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
@@ -171,7 +170,6 @@ class BackwardTile : Tile<BackwardRun, Octets> {
     copy_async_commit();
   }
 
-  int length_[2], copied_length_;
   float d_h_[Octets][2], d_c_[Octets][2];
   bool restarts_[2];               // the states before the step were zero
   bool active_[2], restarted_[2];  // of the step before: whether the column had it, and restarts_

@@ -104,8 +104,7 @@ struct Words {
 
   // The top bit of the exponent, in all elements of a word: 0 in every |x| < 2.
   static constexpr uint32_t kTag = kHalf ? 0x40004000u : 0x40000000u;
-  static constexpr uint32_t kMagnitude = kHalf ? 0x3fff3fffu : 0x3fffffffu;  // without sign and tag
-  // Added to a magnitude below 2, it carries into the tag bit exactly if the magnitude is greater than 1.
+  // Added to a number whose tag bit is clear, it carries into that bit exactly if the magnitude is greater than 1.
   static constexpr uint32_t kUpToTag = kHalf ? (0x3fffu - E::kOne) * 0x10001u : 0x3fffffffu - E::kOne;
 };
 

@@ -1,5 +1,5 @@
 // Where the CTAs (or warps) that make a state put it for those that multiply it: so that a lane finds in 16 bytes what
-// its MMAs take. A tile's states are [block][lane] vectors of 16 bytes.
+// its MMAs take. A tile's states are [block] times 32 such vectors, one for each lane.
 #pragma once
 
 #include "../cell.h"
@@ -8,22 +8,31 @@
 
 namespace fastlstm::cuda {
 
-// h of an octet: h[e] of unit lane / 4 and column 2 (lane % 4) + e. put(word, value) stores factors in 32-bit word
-// number `word` of the tile. `octet` counts from the first hidden unit.
+// The vector of h that lane 4 column + quarter multiplies in a block of K. In shared memory lanes read in turn; in the
+// exchange buffer what a CTA stores lies together, because stores that share a sector of L2 with those of another CTA
+// take longer: all-gathers by 48 CTAs measured on an H200 took 1170 cycles instead of 1350.
+__device__ __forceinline__ int vector_by_lane(int block, int column, int quarter) {
+  return block * kWarpThreads + column * 4 + quarter;
+}
+__device__ __forceinline__ int vector_by_octet(int block, int column, int quarter) {
+  return block * kWarpThreads + quarter * kColumns + column;
+}
+
+// h of an octet: h[e] of unit lane / 4 and column 2 (lane % 4) + e. put(block, column, quarter, word, value) stores
+// factors in 32-bit word number `word` of a vector. `octet` counts from the first hidden unit.
 template <class E, class Put>
 __device__ __forceinline__ void put_h(int octet, int lane, const float (&h)[2], const Put& put) {
   using W = Words<E>;
   if constexpr (W::kHalf) {
     // Transposed, a lane has units 2q and 2q + 1 of column g: word q of the lane that multiplies this octet.
     const uint32_t word = transpose_8x8(E::pack(h[0], h[1]));
-    put((octet / 4 * kWarpThreads + lane / 4 * 4 + octet % 4) * 4 + lane % 4, word);
+    put(octet / 4, lane / 4, octet % 4, lane % 4, word);
   } else {
     const int unit = octet * kOctet + lane / 4;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int reader = (2 * (lane % 4) + e) * 4 + unit % W::kPerBlock / W::kPerVector;
-      put((unit / W::kPerBlock * kWarpThreads + reader) * 4 + unit % W::kPerVector, E::factor(h[e]));
-    }
+    for (int e = 0; e < 2; ++e)
+      put(unit / W::kPerBlock, 2 * (lane % 4) + e, unit % W::kPerBlock / W::kPerVector, unit % W::kPerVector,
+          E::factor(h[e]));
   }
 }
 

@@ -16,8 +16,8 @@ namespace fastlstm::cuda {
 template <class E, int Octets>
 class ForwardTile : Tile<ForwardRun, Octets> {
   using Base = Tile<ForwardRun, Octets>;
-  using Base::column, Base::run_, Base::first_column_, Base::first_unit_, Base::has_cells, Base::has_state, Base::lane_,
-      Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
+  using Base::column, Base::copied_column, Base::copied_length_, Base::run_, Base::first_unit_, Base::has_cells,
+      Base::has_state, Base::lane_, Base::length_, Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
 
  public:
   using Storage = typename E::Storage;
@@ -30,10 +30,7 @@ class ForwardTile : Tile<ForwardRun, Octets> {
       : Base(params, run, first_unit, first_column, lane, memory) {
     if (!has_cells()) return;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      length_[e] = length_of(p_.sequences, column(e));
-      restart_[e] = restarts(run_.begin, e);
-    }
+    for (int e = 0; e < 2; ++e) restart_[e] = restarts(run_.begin, e);
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       biases(o)[lane_] = bias(lane_ / kOctet, first_unit_ + o * kOctet + lane_ % kOctet);
@@ -47,7 +44,6 @@ class ForwardTile : Tile<ForwardRun, Octets> {
                                     : E::load(static_cast<const Storage*>(run_.c_0)[state_index(o, e, p_.hidden)]);
       }
     }
-    copied_length_ = length_of(p_.sequences, first_column_ + lane_ % kColumns);
     for (int n = run_.begin; n < run_.begin + kForwardStages - 1; ++n) copy_inputs(n);
   }
 
@@ -64,15 +60,20 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     copy_async_wait<kForwardStages - 2>();
     warp_barrier();
 #pragma unroll
+    for (int o = 0; o < Octets; ++o)
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        const float b = biases(o)[gate * kOctet + lane_ / 4];
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          a[o][e][gate] = E::load(stage(o, n)[(gate * kColumns + 2 * (lane_ % 4) + e) * kOctet + lane_ / 4]) + b;
+      }
+    if (p_.sequences.resets == nullptr) return;
+#pragma unroll
     for (int e = 0; e < 2; ++e) {
 #pragma unroll
-      for (int o = 0; o < Octets; ++o) {
+      for (int o = 0; o < Octets; ++o)
         if (restart_[e]) c_[o][e] = 0.f;
-#pragma unroll
-        for (int gate = 0; gate < kGates; ++gate)
-          a[o][e][gate] = E::load(stage(o, n)[(gate * kColumns + 2 * (lane_ % 4) + e) * kOctet + lane_ / 4]) +
-                          biases(o)[gate * kOctet + lane_ / 4];
-      }
       restart_[e] = n + 1 < run_.end && restarts(n + 1, e);
     }
   }
@@ -88,9 +89,9 @@ class ForwardTile : Tile<ForwardRun, Octets> {
         float c = c_[o][e];
         cell_state<typename E::Math>(g[0], g[1], g[2], g[3], c);
         const float h = cell_output<typename E::Math>(g[3], c);
-        if (t >= length_[e]) continue;
-        c_[o][e] = c;
-        h_[o][e] = h;
+        const bool has_step = t < length_[e];
+        c_[o][e] = has_step ? c : c_[o][e];
+        h_[o][e] = has_step ? h : h_[o][e];
       }
   }
 
@@ -98,20 +99,17 @@ class ForwardTile : Tile<ForwardRun, Octets> {
   __device__ __forceinline__ void end(int n, const Gates& a) {
     const int t = order_.time(n, p_.sequences.steps);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (t >= length_[e]) continue;
-      const int64_t row = row_of(p_.sequences, t, column(e));
+    for (int o = 0; o < Octets; ++o) {
+      const typename Base::Rows rows(*this, t, o);
+      rows.template store<E>(static_cast<Storage*>(run_.y) + first_unit_, static_cast<uint32_t>(p_.y_stride), h_[o]);
+      if (run_.gates == nullptr) continue;
 #pragma unroll
-      for (int o = 0; o < Octets; ++o) {
-        if (unit(o) >= p_.hidden) continue;
-        static_cast<Storage*>(run_.y)[row * p_.y_stride + unit(o)] = E::store(h_[o][e]);
-        if (run_.gates == nullptr) continue;
-        Storage* const gates = static_cast<Storage*>(run_.gates) + row * kGates * p_.hidden + unit(o);
-#pragma unroll
-        for (int gate = 0; gate < kGates; ++gate)
-          gates[static_cast<int64_t>(gate) * p_.hidden] = E::store(a[o][e][gate]);
-        static_cast<float*>(run_.cells)[row * p_.hidden + unit(o)] = c_[o][e];
+      for (int gate = 0; gate < kGates; ++gate) {
+        const float values[2] = {a[o][0][gate], a[o][1][gate]};
+        rows.template store<E>(static_cast<Storage*>(run_.gates) + gate * p_.hidden + first_unit_, kGates * p_.hidden,
+                               values);
       }
+      rows.store_floats(static_cast<float*>(run_.cells) + first_unit_, p_.hidden, c_[o]);
     }
     copy_inputs(n + kForwardStages - 1);
   }
@@ -156,11 +154,11 @@ class ForwardTile : Tile<ForwardRun, Octets> {
   __device__ __forceinline__ void copy_inputs(int n) {
     const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
     const bool exists = n < run_.end && t < copied_length_;
-    const int64_t row = exists ? row_of(p_.sequences, t, first_column_ + lane_ % kColumns) : 0;
     // Where there is no row, any address that exists.
-    const Storage* const from =
-        exists ? static_cast<const Storage*>(run_.gates_x) + (row * kGates + gate) * p_.hidden + first_unit_
-               : static_cast<const Storage*>(run_.w_hh);
+    const Storage* from = static_cast<const Storage*>(run_.w_hh);
+    if (exists)
+      from = static_cast<const Storage*>(run_.gates_x) + gate * p_.hidden + first_unit_ +
+             static_cast<uint64_t>(row_of_few(p_.sequences, t, copied_column())) * (kGates * p_.hidden);
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;
@@ -169,7 +167,6 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     copy_async_commit();
   }
 
-  int length_[2], copied_length_;
   float c_[Octets][2], h_[Octets][2];
   bool restart_[2];  // the states are zero before the next step
 };

@@ -86,7 +86,7 @@ constexpr int backward_blocks(int hidden, int element_bytes) {
 // memory. More would spill.
 constexpr int register_weight_tiles(int m_tiles, int blocks, int parts) {
   const int most = parts == 1 ? 16 : 6;
-  return m_tiles * blocks <= most ? m_tiles * blocks : most - parts;
+  return m_tiles * blocks <= most ? m_tiles * blocks : most - 2;
 }
 constexpr int forward_m_tiles(int octets) { return 2 * octets; }
 constexpr int backward_m_tiles(int octets) { return ceil_div(octets, 2); }

@@ -15,6 +15,8 @@ namespace fastlstm::cuda {
 
 namespace {
 
+__device__ const AbsentStates absent = {{{0, 0, 0, 0}, {0, 0, 0, 1}}};
+
 // Gradients of gates as the team exchanges them. They may have any value, so no bit of them is free: they travel in
 // packets of 16 bytes, which the hardware stores as a whole, and the lowest bit of the last word is the tag. For that
 // the o gate of every second unit gives up its last bit in this product; the gradients of the weights use the exact
@@ -24,14 +26,16 @@ class ExchangedGradients {
  public:
   using W = Words<E>;
   static constexpr bool kPolls = true;
+  static constexpr int kAheadOfMany = 8;
 
   __device__ __forceinline__ ExchangedGradients(const BackwardParams& params, uint4* team_exchange, int warp, int lane)
       : p_(params),
         exchange_(team_exchange),
         warp_(warp),
-        lane_(lane),
-        all_blocks_(backward_blocks(params.hidden, W::kBytes)) {
-    blocks_ = warp < all_blocks_ ? ceil_div(all_blocks_ - warp, kTeamWarps) : 0;
+        lane_(lane) {
+    const int blocks = backward_blocks(params.hidden, W::kBytes);
+    blocks_ = warp < blocks ? ceil_div(blocks - warp, kTeamWarps) : 0;
+    tile_vectors_ = blocks * kWarpThreads;
   }
 
   // The following calls are about the product with what the n-th step made.
@@ -40,19 +44,27 @@ class ExchangedGradients {
     tag_ = tag_of(n);
   }
 
-  __device__ __forceinline__ void issue(uint4& state, int tile, int block) const {
-    state = block < blocks_ ? load_relaxed_packet(from(tile, block)) : uint4{};
+  template <int Blocks>
+  __device__ __forceinline__ void load(uint4 (&states)[Blocks], int tile, int first_block) const {
+    const uint4* const from = from_ + tile * tile_vectors_ + first_block * (kTeamWarps * kWarpThreads);
+    if (first_block + Blocks <= blocks_) {
+#pragma unroll
+      for (int b = 0; b < Blocks; ++b) states[b] = load_relaxed_packet(from + b * (kTeamWarps * kWarpThreads));
+    } else {
+#pragma unroll
+      for (int b = 0; b < Blocks; ++b)
+        states[b] = load_relaxed_packet(first_block + b < blocks_ ? from + b * (kTeamWarps * kWarpThreads)
+                                                                  : &absent.of_tag[tag_]);
+    }
   }
 
-  __device__ __forceinline__ bool is_stale(const uint4& state, int, int block) const {
-    return block < blocks_ && (state.w & 1) != tag_;
-  }
-  __device__ __forceinline__ void accept(uint4& state, int, int) const { state.w &= ~1u; }
+  __device__ __forceinline__ uint32_t wrong_tags(const uint4& state, int) const { return (state.w ^ tag_) & 1; }
+  __device__ __forceinline__ void accept(uint4& state, int) const { state.w &= ~1u; }
   template <int MTiles>
   __device__ __forceinline__ void poison(float (&)[MTiles][4]) const {}  // a NaN travels as it is
 
   __device__ __forceinline__ void publish(int n, int octet, int tile, const float (&d_gates)[2][kGates]) const {
-    uint4* const to = buffer(n) + tile * all_blocks_ * kWarpThreads;
+    uint4* const to = buffer(n) + tile * tile_vectors_;
     const uint32_t tag = tag_of(n);
     put_gradients<E>(octet, lane_, d_gates, [&](int vector, uint4 packet) {
       packet.w = (packet.w & ~1u) | tag;
@@ -63,16 +75,13 @@ class ExchangedGradients {
  private:
   // [tile][block][lane], of what the n-th step has made.
   __device__ __forceinline__ uint4* buffer(int n) const {
-    return exchange_ + (n & 1) * p_.team.tiles * all_blocks_ * kWarpThreads;
-  }
-  __device__ __forceinline__ const uint4* from(int tile, int block) const {
-    return from_ + (tile * all_blocks_ + block * kTeamWarps) * kWarpThreads;
+    return exchange_ + (n & 1) * p_.team.tiles * tile_vectors_;
   }
 
   const BackwardParams& p_;
   uint4* const exchange_;
-  const int warp_, lane_, all_blocks_;
-  int blocks_;  // of this warp
+  const int warp_, lane_;
+  int blocks_, tile_vectors_;  // blocks of K of this warp, vectors of a tile
   const uint4* from_ = nullptr;
   uint32_t tag_ = 0;
 };

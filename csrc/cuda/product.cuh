@@ -39,34 +39,12 @@ struct TeamPlace {
 
 __device__ __forceinline__ bool tag_of(int step) { return (step >> 1) & 1; }
 
-// Waits until all states of a round have arrived, asking again only for those that have not: polling everything would
-// take bandwidth from the stores that are waited for.
-template <int RoundBlocks, int States, class Source>
-__device__ __forceinline__ void await_round(uint4 (&states)[States], Source& source, int first_tile, int first_block,
-                                            int tiles) {
-  const auto for_each = [&](const auto& f) {
-#pragma unroll
-    for (int i = 0; i < States; ++i)
-      if (first_tile + i / RoundBlocks < tiles)
-        f(states[i], first_tile + i / RoundBlocks, first_block + i % RoundBlocks);
-  };
-  SpinLimit limit;
-  for (;;) {
-    bool stale = false;
-    for_each([&](uint4& state, int tile, int block) { stale = stale || source.is_stale(state, tile, block); });
-    if (warp_all(!stale)) break;
-    for_each([&](uint4& state, int tile, int block) {
-      if (source.is_stale(state, tile, block)) source.issue(state, tile, block);
-    });
-    limit.tick();
-  }
-}
-
 // sink(tile, sums[MTiles][4]) for every column tile: the weights times that tile's states.
 //
-// `source` supplies the states: issue(state, tile, block) starts to load; if it polls, is_stale(state, tile, block)
-// says whether the tags are wrong; accept(state, tile, block) clears them before the product; poison(sums) comes after
-// the last block of a tile. meanwhile() runs while the first states are on their way.
+// `source` supplies the states: load(states, tile, first_block) starts to, of consecutive blocks; if it polls,
+// wrong_tags(state, tile) is zero once the state has arrived; accept(state, tile) clears its tags before the product;
+// poison(sums) comes after the last block of a tile. Its kAheadOfMany states are asked for at a time where weights take
+// half of the registers. meanwhile() runs while the first states are on their way.
 template <class Weights, class Source, class Meanwhile, class Sink>
 __device__ __forceinline__ void multiply_tiles(const Weights& weights, int tiles, Source& source,
                                                const Meanwhile& meanwhile, const Sink& sink) {
@@ -74,35 +52,62 @@ __device__ __forceinline__ void multiply_tiles(const Weights& weights, int tiles
   // A round is what registers are left for: a few tiles, or a part of the blocks of one. Its loads are issued while the
   // products of the round before are taken, and it is waited for as a whole: a load takes several hundred cycles, and
   // what was asked for too early has to be asked for again.
-  constexpr int kAhead = kMTiles * kBlocks > 8 ? 4 : 8;
+  constexpr int kAhead = kMTiles * kBlocks > 16  ? 4
+                         : kMTiles * kBlocks > 8 ? (kBlocks == 12 ? 6 : Source::kAheadOfMany)
+                                                 : 8;
   constexpr int kRoundTiles = kAhead / kBlocks > 1 ? kAhead / kBlocks : 1;
   constexpr int kRoundBlocks = kBlocks < kAhead ? kBlocks : kAhead;
-  constexpr int kStates = kRoundTiles * kRoundBlocks;
   static_assert(kBlocks % kRoundBlocks == 0, "rounds are alike");
   // A single tile of rows would leave the tensor cores waiting for their own sums: it adds up two sets in turn.
   constexpr int kSets = kMTiles <= 2 ? 2 : 1;
 
-  uint4 states[kStates];
+  uint4 states[kRoundTiles][kRoundBlocks];
+  const auto load_round = [&](int first_tile, int first_block) {
 #pragma unroll
-  for (int i = 0; i < kStates; ++i)
-    if (i / kRoundBlocks < tiles) source.issue(states[i], i / kRoundBlocks, i % kRoundBlocks);
+    for (int i = 0; i < kRoundTiles; ++i) {
+      if (first_tile + i >= tiles) break;
+      source.load(states[i], first_tile + i, first_block);
+    }
+  };
+
+  load_round(0, 0);
   meanwhile();
 #pragma unroll 1
   for (int first = 0; first < tiles; first += kRoundTiles) {
     float sums[kSets][kMTiles][4] = {};
 #pragma unroll
     for (int first_block = 0; first_block < kBlocks; first_block += kRoundBlocks) {
-      if constexpr (Source::kPolls) await_round<kRoundBlocks>(states, source, first, first_block, tiles);
+      if constexpr (Source::kPolls) {
+        SpinLimit limit;
+        for (;;) {
+          uint32_t wrong = 0;
 #pragma unroll
-      for (int i = 0; i < kStates; ++i) {
-        const int tile = first + i / kRoundBlocks, block = first_block + i % kRoundBlocks;
+          for (int i = 0; i < kRoundTiles; ++i) {
+            if (first + i >= tiles) break;
+#pragma unroll
+            for (int b = 0; b < kRoundBlocks; ++b) wrong |= source.wrong_tags(states[i][b], first + i);
+          }
+          if (warp_all(wrong == 0)) break;
+          // To ask for all of them again takes no longer than to find out which are missing.
+          load_round(first, first_block);
+          limit.tick();
+        }
+      }
+      const bool last_blocks = first_block + kRoundBlocks == kBlocks;
+#pragma unroll
+      for (int i = 0; i < kRoundTiles; ++i) {
+        const int tile = first + i;
         if (tile >= tiles) break;
-        source.accept(states[i], tile, block);
-        weights.multiply(sums, block, states[i]);
-        const bool last_block = block == kBlocks - 1;
-        const int next_tile = first_block + kRoundBlocks < kBlocks ? tile : tile + kRoundTiles;
-        if (next_tile < tiles) source.issue(states[i], next_tile, (block + kRoundBlocks) % kBlocks);
-        if (!last_block) continue;
+#pragma unroll
+        for (int b = 0; b < kRoundBlocks; ++b) {
+          source.accept(states[i][b], tile);
+          weights.multiply(sums, first_block + b, states[i][b]);
+        }
+        if (!last_blocks) {
+          source.load(states[i], tile, first_block + kRoundBlocks);
+          continue;
+        }
+        if (tile + kRoundTiles < tiles) source.load(states[i], tile + kRoundTiles, 0);
         if constexpr (kSets == 2) {
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m)
@@ -121,6 +126,12 @@ __device__ __forceinline__ void multiply_tiles(const Weights& weights, int tiles
     }
   }
 }
+
+// What a lane of the persistent family loads where it has no block of K: zeros with the right tag, as if they had
+// arrived.
+struct AbsentStates {
+  uint4 of_tag[2];
+};
 
 // Zero where all four words carry the tag.
 __device__ __forceinline__ uint32_t tag_errors(const uint4& v, uint32_t tag) {

@@ -18,6 +18,7 @@ namespace {
 class SharedStates {
  public:
   static constexpr bool kPolls = false;
+  static constexpr int kAheadOfMany = 4;
 
   __device__ __forceinline__ SharedStates(unsigned char* shared, int blocks, int lane)
       : buffers_(reinterpret_cast<uint4*>(shared)), blocks_(blocks), lane_(lane) {}
@@ -32,10 +33,13 @@ class SharedStates {
   __device__ __forceinline__ uint32_t* words(int n) const { return reinterpret_cast<uint32_t*>(buffer(n)); }
   __device__ __forceinline__ void set_step(int n) { from_ = buffer(n) + lane_; }
 
-  __device__ __forceinline__ void issue(uint4& state, int, int block) const {
-    state = block < blocks_ ? from_[block * kWarpThreads] : uint4{};
+  template <int Blocks>
+  __device__ __forceinline__ void load(uint4 (&states)[Blocks], int, int first_block) const {
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b)
+      states[b] = first_block + b < blocks_ ? from_[(first_block + b) * kWarpThreads] : uint4{};
   }
-  __device__ __forceinline__ void accept(const uint4&, int, int) const {}
+  __device__ __forceinline__ void accept(const uint4&, int) const {}
   template <int MTiles>
   __device__ __forceinline__ void poison(float (&)[MTiles][4]) const {}
 
@@ -82,7 +86,10 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
       if ((at.warp * Octets + o) * kOctet < p.hidden)
-        put_h<E>(at.warp * Octets + o, at.lane, h[o], [&](int word, uint32_t value) { states.words(n)[word] = value; });
+        put_h<E>(at.warp * Octets + o, at.lane, h[o],
+                 [&](int block, int column, int quarter, int word, uint32_t value) {
+                   states.words(n)[vector_by_lane(block, column, quarter) * 4 + word] = value;
+                 });
   };
   put_outputs(run.begin - 1);
   for (int n = run.begin; n < run.end; ++n) {

@@ -17,6 +17,12 @@ __device__ __forceinline__ int length_of(const Sequences& s, int b) {
 __device__ __forceinline__ int64_t row_of(const Sequences& s, int t, int b) {
   return (s.offsets != nullptr ? s.offsets[t] : static_cast<int64_t>(t) * s.batch) + b;
 }
+// The same of fewer than 2^32 rows, in fewer instructions.
+__device__ __forceinline__ uint32_t row_of_few(const Sequences& s, int t, int b) {
+  const uint32_t first = s.offsets != nullptr ? static_cast<uint32_t>(s.offsets[t])
+                                              : static_cast<uint32_t>(t) * static_cast<uint32_t>(s.batch);
+  return first + static_cast<uint32_t>(b);
+}
 
 // The h that the first step of a run reads.
 __device__ __forceinline__ const void* initial_h(const ForwardRun& run) {

@@ -1,6 +1,7 @@
 // What one warp knows of its part of a layer: a few octets of hidden units by one column tile, and a run of steps.
 #pragma once
 
+#include "elements.cuh"
 #include "layout.h"
 #include "sequences.cuh"
 
@@ -17,7 +18,13 @@ class Tile {
         lane_(lane),
         first_unit_(first_unit),
         first_column_(first_column),
-        memory_(memory) {}
+        memory_(memory) {
+    if (!has_cells()) return;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) length_[e] = length_of(p_.sequences, column(e));
+    copied_length_ = length_of(p_.sequences, copied_column());
+    stored_length_ = length_of(p_.sequences, stored_column());
+  }
 
   // A warp without cells has no memory either.
   __device__ __forceinline__ bool has_cells() const { return first_unit_ < p_.hidden; }
@@ -33,11 +40,65 @@ class Tile {
     return static_cast<int64_t>(column(e)) * stride + unit(o);
   }
 
+  // The column whose inputs this lane copies, eight units at a time.
+  __device__ __forceinline__ int copied_column() const { return first_column_ + lane_ % kColumns; }
+  // The column that it stores elements of 16 bits of, two units at a time.
+  __device__ __forceinline__ int stored_column() const { return first_column_ + lane_ / 4; }
+
+  // Where this warp stores what its lanes have of an octet at a step, in tensors with a row for each step of a column.
+  class Rows {
+   public:
+    __device__ __forceinline__ Rows(const Tile& tile, int t, int o)
+        : lane_(tile.lane_), aligned_(tile.p_.aligned), first_(o * kOctet), left_(tile.p_.hidden - tile.first_unit_ - first_) {
+      const Sequences& s = tile.p_.sequences;
+      stored_ = t < tile.stored_length_ && lane_ % 4 * 2 < left_;
+      stored_row_ = row_of_few(s, t, tile.stored_column());
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        exists_[e] = t < tile.length_[e] && lane_ / 4 < left_;
+        rows_[e] = row_of_few(s, t, tile.column(e));
+      }
+    }
+
+    // values[e] of unit(o) and column(e), into a tensor whose rows have `width` elements. `first`: the element of row 0
+    // for the first unit of the warp. Elements of 16 bits are transposed, so that a lane stores those of two units at
+    // once.
+    template <class E>
+    __device__ __forceinline__ void store(typename E::Storage* first, uint32_t width, const float (&values)[2]) const {
+      using Storage = typename E::Storage;
+      if constexpr (Words<E>::kHalf) {
+        const uint32_t word = transpose_8x8(E::pack(values[0], values[1]));
+        const int unit = lane_ % 4 * 2;
+        Storage* const to = first + static_cast<uint64_t>(stored_row_) * width + first_ + unit;
+        if (stored_ && aligned_) *reinterpret_cast<uint32_t*>(to) = word;
+        if (stored_ && !aligned_) {
+          to[0] = static_cast<Storage>(word);
+          if (unit + 1 < left_) to[1] = static_cast<Storage>(word >> 16);
+        }
+      } else {
+        store_floats(first, width, values);
+      }
+    }
+    __device__ __forceinline__ void store_floats(float* first, uint32_t width, const float (&values)[2]) const {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (exists_[e]) first[static_cast<uint64_t>(rows_[e]) * width + first_ + lane_ / 4] = values[e];
+    }
+
+   private:
+    const int lane_;
+    const bool aligned_;
+    const int first_, left_;  // the octet's first unit, and the units from there on, of those of the warp
+    bool stored_, exists_[2];
+    uint32_t stored_row_, rows_[2];
+  };
+
   const LaunchParams<Run>& p_;
   const Run& run_;
   const Order order_;
   const int lane_, first_unit_, first_column_;
   unsigned char* const memory_;
+  int length_[2], copied_length_, stored_length_;  // of column(e), copied_column(), stored_column()
 };
 
 }  // namespace fastlstm::cuda
