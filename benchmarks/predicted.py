@@ -2,8 +2,8 @@
 
     python benchmarks/predicted.py [H200 | H100 | A100 | L4 | B200] [--dtype bfloat16]
 
-The constants behind the figures are derived from published latencies (csrc/cuda/plan.cpp), not measured: a prediction
-to be tested. No GPU is needed.
+The constants behind the figures are fitted to steps measured on an H200 (csrc/cuda/plan.cpp); for other GPUs they are
+a guess. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FAMILIES = {"stepwise": "s", "streamed": "t", "resident": "r", "persistent": "p"
 
 def table(gpu: str, dtype: torch.dtype, steps: int) -> list[str]:
     lines = [
-        f"*Predicted*, not measured: {gpu}, {str(dtype).removeprefix('torch.')}, T = {steps}, one layer, microseconds "
-        "per time step, forward / backward recurrence. Families: r resident, p persistent, t streamed, s stepwise.",
+        f"*Predicted*: {gpu}, {str(dtype).removeprefix('torch.')}, T = {steps}, one layer, microseconds per time step, "
+        "forward / backward recurrence. Families: r resident, p persistent, t streamed, s stepwise.",
         "",
         "| H | " + " | ".join(f"B = {batch}" for batch in BATCHES) + " |",
         "|---" * (len(BATCHES) + 1) + "|",

@@ -1,4 +1,4 @@
-// The gradients of a few octets of hidden units and one column tile through a run of steps: one warp. The
+// The gradients of a few octets of hidden units and one column tile through a run of steps: one warp, or two. The
 // counterpart of forward_tile.cuh; "the n-th step" counts in the order of the backward pass, which is that of the
 // forward pass turned round.
 #pragma once
@@ -14,19 +14,20 @@ namespace fastlstm::cuda {
 template <class E, int Octets>
 class BackwardTile : Tile<BackwardRun, Octets> {
   using Base = Tile<BackwardRun, Octets>;
-  using Base::column, Base::copied_column, Base::copied_length_, Base::run_, Base::first_unit_, Base::has_cells,
-      Base::has_state, Base::lane_, Base::length_, Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
+  using Base::column, Base::copied_column, Base::run_, Base::first_unit_, Base::has_state, Base::lane_, Base::length_,
+      Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
 
  public:
   using Storage = typename E::Storage;
   using Gates = float[Octets][2][kGates];  // of the unit and the two columns of a thread
   using Products = float[Octets][2];
 
-  // `memory`: Octets * backward_tile_bytes of shared memory for this warp, aligned to 16.
+  // `memory`: Octets * backward_tile_bytes of shared memory for this tile, aligned to 16. has_cells: whether this warp
+  // computes them.
   __device__ __forceinline__ BackwardTile(const BackwardParams& params, const BackwardRun& run, int first_unit,
-                                          int first_column, int lane, unsigned char* memory)
+                                          int first_column, int lane, unsigned char* memory, bool has_cells)
       : Base(params, run, first_unit, first_column, lane, memory) {
-    if (!has_cells()) return;
+    if (!has_cells) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       restarts_[e] = restarted_[e] = active_[e] = false;
@@ -36,13 +37,10 @@ class BackwardTile : Tile<BackwardRun, Octets> {
         d_c_[o][e] = run_.begin > 0 ? carried(run_.carried_d_c, o, e) : state(run_.d_c_n, o, e);
       }
     }
-    for (int n = run_.begin; n < run_.begin + kBackwardStages - 1; ++n) copy_inputs(n);
   }
 
-  // Waits for the inputs of the n-th step. In order, n = begin, begin + 1, ...
+  // In order, n = begin, begin + 1, ...
   __device__ __forceinline__ void begin(int n) {
-    copy_async_wait<kBackwardStages - 3>();  // and the next step's: its c_t is the c_{t-1} of this one
-    warp_barrier();
     if (p_.sequences.resets == nullptr) return;
     const int t = time(n);
 #pragma unroll
@@ -60,7 +58,8 @@ class BackwardTile : Tile<BackwardRun, Octets> {
         if (active_[e]) d_h_[o][e] = restarted_[e] ? 0.f : product[o][e];
   }
 
-  // The n-th step: d_gates, zero where a column has no step.
+  // The n-th step, whose inputs are there and the next step's: its c_t is the c_{t-1} of this one. d_gates, zero where
+  // a column has no step.
   __device__ __forceinline__ void compute(int n, Gates& d_gates) {
     const int t = time(n);
 #pragma unroll
@@ -88,8 +87,8 @@ class BackwardTile : Tile<BackwardRun, Octets> {
     }
   }
 
-  // Stores what the n-th step made and starts to copy a later step's inputs.
-  __device__ __forceinline__ void end(int n, const Gates& d_gates) {
+  // Stores what the n-th step made.
+  __device__ __forceinline__ void store(int n, const Gates& d_gates) const {
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       const typename Base::Rows rows(*this, time(n), o);
@@ -100,12 +99,34 @@ class BackwardTile : Tile<BackwardRun, Octets> {
                                values);
       }
     }
-    copy_inputs(n + kBackwardStages - 1);
+  }
+
+  // Starts to copy the inputs of the n-th step, a group of asynchronous copies, into the stage of step
+  // n - kBackwardStages. Each lane copies the 8 units of one column of one gate, and eight lanes each those of d_y and
+  // of the cell state. The cell states go one step further than the run: c_{t-1} of its last step.
+  __device__ __forceinline__ void copy_inputs(int n) {
+    const int part = lane_ / kColumns, column = lane_ % kColumns;
+    const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < Base::length_of_column(lane_ % kColumns);
+    const uint64_t row = exists ? row_of_few(p_.sequences, time(n), copied_column()) : 0;
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      const int units = exists ? p_.hidden - first_unit_ - o * kOctet : 0, count = n < run_.end ? units : 0,
+                unit = units > 0 ? first_unit_ + o * kOctet : 0;
+      copy_octet(stage(o, n) + lane_ * kOctet,
+                 static_cast<const Storage*>(run_.gates) + row * (kGates * p_.hidden) + part * p_.hidden + unit, count,
+                 p_.aligned);
+      if (part == 0 && run_.d_y != nullptr)
+        copy_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
+                   static_cast<const Storage*>(run_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
+      if (part == 1)
+        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(run_.cells) + row * p_.hidden + unit, units,
+                   p_.aligned);
+    }
+    copy_async_commit();
   }
 
   // After the last step, and after carry() of its product where d_h_0 or another run needs it.
   __device__ __forceinline__ void finish() const {
-    copy_async_wait<0>();
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
 #pragma unroll
@@ -145,29 +166,6 @@ class BackwardTile : Tile<BackwardRun, Octets> {
   __device__ __forceinline__ float* cells(int o, int n) const {
     return reinterpret_cast<float*>(stage(o, 0) + kBackwardStages * kStageElements) +
            n % kBackwardStages * kCellsOfTile;
-  }
-
-  // Each lane copies the 8 units of one column of one gate, and eight lanes each those of d_y and of the cell state.
-  // The cell states go one step further than the run: c_{t-1} of its last step.
-  __device__ __forceinline__ void copy_inputs(int n) {
-    const int part = lane_ / kColumns, column = lane_ % kColumns;
-    const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < copied_length_;
-    const uint64_t row = exists ? row_of_few(p_.sequences, time(n), copied_column()) : 0;
-#pragma unroll
-    for (int o = 0; o < Octets; ++o) {
-      const int units = exists ? p_.hidden - first_unit_ - o * kOctet : 0, count = n < run_.end ? units : 0,
-                unit = units > 0 ? first_unit_ + o * kOctet : 0;
-      copy_octet(stage(o, n) + lane_ * kOctet,
-                 static_cast<const Storage*>(run_.gates) + row * (kGates * p_.hidden) + part * p_.hidden + unit, count,
-                 p_.aligned);
-      if (part == 0 && run_.d_y != nullptr)
-        copy_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
-                   static_cast<const Storage*>(run_.d_y) + row * p_.y_stride + unit, count, p_.aligned);
-      if (part == 1)
-        copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(run_.cells) + row * p_.hidden + unit, units,
-                   p_.aligned);
-    }
-    copy_async_commit();
   }
 
   float d_h_[Octets][2], d_c_[Octets][2];

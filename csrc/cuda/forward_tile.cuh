@@ -1,5 +1,6 @@
-// The cells of a few octets of hidden units and one column tile through a run of steps: one warp. For the
-// families that keep weights in CTAs; they supply the sums of the recurrent product.
+// The cells of a few octets of hidden units and one column tile through a run of steps: one warp, or two of which one
+// computes and the other moves data. For the families that keep weights in CTAs; they supply the sums of the recurrent
+// product.
 //
 // The inputs of a step, gates_x, come by asynchronous copies through a ring of stages in shared memory, in which each
 // lane copies the 8 units of one gate and one column. States stay in registers.
@@ -16,19 +17,20 @@ namespace fastlstm::cuda {
 template <class E, int Octets>
 class ForwardTile : Tile<ForwardRun, Octets> {
   using Base = Tile<ForwardRun, Octets>;
-  using Base::column, Base::copied_column, Base::copied_length_, Base::run_, Base::first_unit_, Base::has_cells,
-      Base::has_state, Base::lane_, Base::length_, Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
+  using Base::column, Base::copied_column, Base::run_, Base::first_unit_, Base::has_state, Base::lane_, Base::length_,
+      Base::memory_, Base::order_, Base::p_, Base::state_index, Base::unit;
 
  public:
   using Storage = typename E::Storage;
   using Gates = float[Octets][2][kGates];  // of the unit and the two columns of a thread
-  using Outputs = float[Octets][2];
+  using States = float[Octets][2];
 
-  // `memory`: Octets * forward_tile_bytes of shared memory for this warp, aligned to 16.
+  // `memory`: Octets * forward_tile_bytes of shared memory for this tile, aligned to 16. has_cells: whether this warp
+  // computes them.
   __device__ __forceinline__ ForwardTile(const ForwardParams& params, const ForwardRun& run, int first_unit,
-                                         int first_column, int lane, unsigned char* memory)
+                                         int first_column, int lane, unsigned char* memory, bool has_cells)
       : Base(params, run, first_unit, first_column, lane, memory) {
-    if (!has_cells()) return;
+    if (!has_cells) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) restart_[e] = restarts(run_.begin, e);
 #pragma unroll
@@ -44,21 +46,19 @@ class ForwardTile : Tile<ForwardRun, Octets> {
                                     : E::load(static_cast<const Storage*>(run_.c_0)[state_index(o, e, p_.hidden)]);
       }
     }
-    for (int n = run_.begin; n < run_.begin + kForwardStages - 1; ++n) copy_inputs(n);
   }
 
   // What the product of the next step reads: h_t, unless the sequence is cut there.
-  __device__ __forceinline__ void outputs(Outputs& h) const {
+  __device__ __forceinline__ void outputs(States& h) const {
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
 #pragma unroll
       for (int e = 0; e < 2; ++e) h[o][e] = restart_[e] ? 0.f : h_[o][e];
   }
 
-  // Pre-activations of the n-th step but for the recurrent product. In order, n = begin, begin + 1, ...
+  // Pre-activations of the n-th step, whose inputs are there, but for the recurrent product. In order, n = begin,
+  // begin + 1, ...
   __device__ __forceinline__ void begin(int n, Gates& a) {
-    copy_async_wait<kForwardStages - 2>();
-    warp_barrier();
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
 #pragma unroll
@@ -78,7 +78,7 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     }
   }
 
-  // The cells of the n-th step. a: whole pre-activations on entry, activations on exit.
+  // The cells of the n-th step: h_t and c_t. a: whole pre-activations on entry, activations on exit.
   __device__ __forceinline__ void compute(int n, Gates& a) {
     const int t = order_.time(n, p_.sequences.steps);
 #pragma unroll
@@ -95,27 +95,47 @@ class ForwardTile : Tile<ForwardRun, Octets> {
       }
   }
 
-  // Stores what the n-th step made and starts to copy a later step's inputs. a: activations.
-  __device__ __forceinline__ void end(int n, const Gates& a) {
+  __device__ __forceinline__ const States& h() const { return h_; }
+  __device__ __forceinline__ const States& c() const { return c_; }
+  __device__ __forceinline__ bool saves_gates() const { return run_.gates != nullptr; }
+
+  // Stores what the n-th step made. a: activations.
+  __device__ __forceinline__ void store(int n, const Gates& a, const States& h, const States& c) const {
     const int t = order_.time(n, p_.sequences.steps);
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
       const typename Base::Rows rows(*this, t, o);
-      rows.template store<E>(static_cast<Storage*>(run_.y) + first_unit_, static_cast<uint32_t>(p_.y_stride), h_[o]);
-      if (run_.gates == nullptr) continue;
+      rows.template store<E>(static_cast<Storage*>(run_.y) + first_unit_, static_cast<uint32_t>(p_.y_stride), h[o]);
+      if (!saves_gates()) continue;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
         const float values[2] = {a[o][0][gate], a[o][1][gate]};
         rows.template store<E>(static_cast<Storage*>(run_.gates) + gate * p_.hidden + first_unit_, kGates * p_.hidden,
                                values);
       }
-      rows.store_floats(static_cast<float*>(run_.cells) + first_unit_, p_.hidden, c_[o]);
+      rows.store_floats(static_cast<float*>(run_.cells) + first_unit_, p_.hidden, c[o]);
     }
-    copy_inputs(n + kForwardStages - 1);
+  }
+
+  // Starts to copy the inputs of the n-th step, a group of asynchronous copies, into the stage of step
+  // n - kForwardStages.
+  __device__ __forceinline__ void copy_inputs(int n) {
+    const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
+    const bool exists = n < run_.end && t < Base::length_of_column(lane_ % kColumns);
+    // Where there is no row, any address that exists.
+    const Storage* from = static_cast<const Storage*>(run_.w_hh);
+    if (exists)
+      from = static_cast<const Storage*>(run_.gates_x) + gate * p_.hidden + first_unit_ +
+             static_cast<uint64_t>(row_of_few(p_.sequences, t, copied_column())) * (kGates * p_.hidden);
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;
+      copy_octet(stage(o, n) + lane_ * kOctet, count > 0 ? from + o * kOctet : from, count, p_.aligned);
+    }
+    copy_async_commit();
   }
 
   __device__ __forceinline__ void finish() const {
-    copy_async_wait<0>();
     const bool last_run = run_.end == p_.sequences.steps;
     void* const h = last_run ? run_.h_n : run_.carried_h;
     const int stride = last_run ? p_.hidden : p_.row_stride;
@@ -151,23 +171,7 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     const int t = order_.time(n, p_.sequences.steps);
     return t < length_[e] && order_.restarts(p_.sequences, t, column(e), length_[e]);
   }
-  __device__ __forceinline__ void copy_inputs(int n) {
-    const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
-    const bool exists = n < run_.end && t < copied_length_;
-    // Where there is no row, any address that exists.
-    const Storage* from = static_cast<const Storage*>(run_.w_hh);
-    if (exists)
-      from = static_cast<const Storage*>(run_.gates_x) + gate * p_.hidden + first_unit_ +
-             static_cast<uint64_t>(row_of_few(p_.sequences, t, copied_column())) * (kGates * p_.hidden);
-#pragma unroll
-    for (int o = 0; o < Octets; ++o) {
-      const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;
-      copy_octet(stage(o, n) + lane_ * kOctet, count > 0 ? from + o * kOctet : from, count, p_.aligned);
-    }
-    copy_async_commit();
-  }
-
-  float c_[Octets][2], h_[Octets][2];
+  States c_, h_;
   bool restart_[2];  // the states are zero before the next step
 };
 

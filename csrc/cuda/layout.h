@@ -84,16 +84,16 @@ constexpr int backward_blocks(int hidden, int element_bytes) {
 
 // Tiles of 16 rows by one block that a warp keeps in registers (8 per thread and part); the others wait in shared
 // memory. More would spill.
-constexpr int register_weight_tiles(int m_tiles, int blocks, int parts) {
-  const int most = parts == 1 ? 16 : 6;
-  return m_tiles * blocks <= most ? m_tiles * blocks : most - 2;
+constexpr int register_weight_tiles(int m_tiles, int blocks, const Factors& f) {
+  const int tiles = m_tiles * blocks, most = f.parts > 1 ? 6 : f.bytes == 2 ? 15 : 14;
+  return tiles <= most ? tiles : f.parts > 1 ? (m_tiles == 1 ? 4 : 3) : most;
 }
 constexpr int forward_m_tiles(int octets) { return 2 * octets; }
 constexpr int backward_m_tiles(int octets) { return ceil_div(octets, 2); }
 
 // Shared memory of one warp for its other tiles.
-constexpr size_t shared_weight_bytes(int m_tiles, int blocks, int parts) {
-  return static_cast<size_t>(m_tiles * blocks - register_weight_tiles(m_tiles, blocks, parts)) * parts * kWarpThreads *
+constexpr size_t shared_weight_bytes(int m_tiles, int blocks, const Factors& f) {
+  return static_cast<size_t>(m_tiles * blocks - register_weight_tiles(m_tiles, blocks, f)) * f.parts * kWarpThreads *
          8 * sizeof(uint32_t);
 }
 // Sums of all warps, of one step. Where steps follow each other, there are two sets: one is still read while the next
@@ -101,6 +101,19 @@ constexpr size_t shared_weight_bytes(int m_tiles, int blocks, int parts) {
 constexpr size_t partial_bytes(int cell_tiles, int values_per_cell) {
   return static_cast<size_t>(kTeamWarps) * cell_tiles * kCellsOfTile * values_per_cell * sizeof(float);
 }
+// Whether the warps that compute the cells of a step leave it to others to store them: where there are as many others,
+// and neither registers nor shared memory are full of weights.
+constexpr bool has_helpers(const TeamShape& s, int m_tiles, int parts) {
+  return 2 * s.octets * s.tiles <= kTeamWarps && m_tiles * s.blocks * parts <= 16;
+}
+// What they leave to them, of two steps: `values` of each cell.
+constexpr size_t results_bytes(const TeamShape& s, int m_tiles, int parts, int values) {
+  if (!has_helpers(s, m_tiles, parts)) return 0;
+  return static_cast<size_t>(2) * s.octets * s.tiles * kCellsOfTile * values * sizeof(float);
+}
+constexpr int kForwardResults = 6;  // gates, c, h
+constexpr int kBackwardResults = 4;
+
 // Inputs and biases of a tile.
 constexpr size_t forward_tile_bytes(int element_bytes) {
   return static_cast<size_t>(kForwardStages) * kCellsOfTile * 4 * element_bytes + kOctet * 4 * sizeof(float);
@@ -110,15 +123,15 @@ constexpr size_t backward_tile_bytes(int element_bytes) {  // gates and d_y, cel
 }
 constexpr size_t forward_shared_bytes(const TeamShape& s, const Factors& f) {
   const int cell_tiles = s.octets * s.tiles;
-  return 2 * partial_bytes(cell_tiles, 4) +
-         kTeamWarps * shared_weight_bytes(forward_m_tiles(s.octets), s.blocks, f.parts) +
-         cell_tiles * forward_tile_bytes(f.bytes);
+  return 2 * partial_bytes(cell_tiles, 4) + kTeamWarps * shared_weight_bytes(forward_m_tiles(s.octets), s.blocks, f) +
+         cell_tiles * forward_tile_bytes(f.bytes) +
+         results_bytes(s, forward_m_tiles(s.octets), f.parts, kForwardResults);
 }
 constexpr size_t backward_shared_bytes(const TeamShape& s, const Factors& f) {
   const int cell_tiles = s.octets * s.tiles;
-  return 2 * partial_bytes(cell_tiles, 1) +
-         kTeamWarps * shared_weight_bytes(backward_m_tiles(s.octets), s.blocks, f.parts) +
-         cell_tiles * backward_tile_bytes(f.bytes);
+  return 2 * partial_bytes(cell_tiles, 1) + kTeamWarps * shared_weight_bytes(backward_m_tiles(s.octets), s.blocks, f) +
+         cell_tiles * backward_tile_bytes(f.bytes) +
+         results_bytes(s, backward_m_tiles(s.octets), f.parts, kBackwardResults);
 }
 
 // The resident family: a CTA has all hidden units of one column tile, `octets` per warp with all blocks of K.

@@ -10,6 +10,7 @@
 #include "launchers.h"
 #include "partial_sums.cuh"
 #include "product.cuh"
+#include "results.cuh"
 
 namespace fastlstm::cuda {
 
@@ -21,18 +22,22 @@ __device__ const AbsentStates absent = {{{0, 0, 0, 0}, {W::kTag, W::kTag, W::kTa
 // h as the team exchanges it: 16-bit or 32-bit elements, tagged in the top bit of the exponent, which is 0 in every
 // |h| <= 1. A NaN travels as a value between 1 and 2, which no h has.
 template <class E>
+class BeginningH;
+
+template <class E>
 class ExchangedH {
  public:
   using W = Words<E>;
   static constexpr bool kPolls = true;
-  static constexpr int kAheadOfMany = 4;
+  static constexpr int kAheadOfMany = W::kHalf ? 4 : 3;
 
-  __device__ __forceinline__ ExchangedH(const ForwardParams& params, uint4* team_exchange, int warp, int lane)
-      : p_(params), exchange_(team_exchange), warp_(warp), lane_(lane) {
+  __device__ __forceinline__ ExchangedH(const ForwardParams& params, int team, int warp, int lane)
+      : p_(params), warp_(warp), lane_(lane) {
     const int units = ceil_div(p_.hidden, kOctet) * kOctet, stride = kTeamWarps * W::kPerBlock;
     const int first = warp * W::kPerBlock + lane % 4 * W::kPerVector;
     blocks_ = first < units ? ceil_div(units - first, stride) : 0;
     tile_vectors_ = forward_blocks(p_.hidden, W::kBytes) * kWarpThreads;
+    team_vectors_ = static_cast<uint32_t>(team) * 2 * p_.team.tiles * tile_vectors_;
   }
 
   // The following calls are about the product of the n-th step.
@@ -49,12 +54,12 @@ class ExchangedH {
     } else {
 #pragma unroll
       for (int b = 0; b < Blocks; ++b)
-        states[b] = load_relaxed(first_block + b < blocks_ ? from(tile, first_block + b) : absent_state());
+        states[b] = load_relaxed(has_block(first_block + b) ? from(tile, first_block + b) : absent_state());
     }
   }
 
   __device__ __forceinline__ uint32_t wrong_tags(const uint4& state, int) const {
-    return tag_errors(state, tag_) & W::kTag;
+    return tag_errors_of(state) & W::kTag;
   }
 
   __device__ __forceinline__ void accept(uint4& state, int) { clear_tags(state, W::kTag); }
@@ -75,19 +80,23 @@ class ExchangedH {
 
   // Publishes the h of a tile that the n-th step has made, for the product of the next step.
   __device__ __forceinline__ void publish(int n, int octet, int tile, const float (&h)[2]) const {
-    uint4* const to = buffer(n) + tile * tile_vectors_;
+    const uint32_t to = buffer(n) + tile * tile_vectors_;
     const uint32_t tag = tag_of(n) ? W::kTag : 0;
     put_h<E>(octet, lane_, h, [&](int block, int column, int quarter, int word, uint32_t value) {
-      store_relaxed(reinterpret_cast<uint32_t*>(to + vector_by_octet(block, column, quarter)) + word,
+      store_relaxed(reinterpret_cast<uint32_t*>(exchange() + (to + vector_by_octet(block, column, quarter))) + word,
                     (value & ~W::kTag) | tag);
     });
   }
 
- protected:
+ private:
+  friend class BeginningH<E>;
+
+  __device__ __forceinline__ bool has_block(int block) const { return block < blocks_; }
   __device__ __forceinline__ const uint4* from(int tile, int block) const {
-    return from_ + tile * tile_vectors_ + block * (kTeamWarps * kWarpThreads);
+    return exchange() + (from_ + tile * tile_vectors_) + block * (kTeamWarps * kWarpThreads);
   }
   __device__ __forceinline__ const uint4* absent_state() const { return &absent<W>.of_tag[tag_ != 0]; }
+  __device__ __forceinline__ uint32_t tag_errors_of(const uint4& state) const { return tag_errors(state, tag_); }
   // `tags`: those bits of a word that are one.
   __device__ __forceinline__ void clear_tags(uint4& state, uint32_t tags) {
     state.x &= ~tags;
@@ -96,42 +105,33 @@ class ExchangedH {
     state.w &= ~tags;
     above_one_ |= tags & (above_one(state.x) | above_one(state.y) | above_one(state.z) | above_one(state.w));
   }
-
-  const ForwardParams& p_;
-
- private:
   // In the tag bits, which are clear: whether an |h| is greater than 1.
   static __device__ __forceinline__ uint32_t above_one(uint32_t word) { return word + W::kUpToTag; }
-  // [tile][block] times 32 vectors, of what the n-th step has made.
-  __device__ __forceinline__ uint4* buffer(int n) const {
-    return exchange_ + (n & 1) * p_.team.tiles * tile_vectors_;
+  // The team's [tile][block] times 32 vectors of what the n-th step has made: the number of the first one. A pointer
+  // would take twice the registers.
+  __device__ __forceinline__ uint32_t buffer(int n) const {
+    return team_vectors_ + (n & 1) * p_.team.tiles * tile_vectors_;
   }
+  __device__ __forceinline__ uint4* exchange() const { return static_cast<uint4*>(p_.exchange); }
 
-  uint4* const exchange_;
-
- protected:
+  const ForwardParams& p_;
   const int warp_, lane_;
-  int blocks_;  // of K, of this lane
-  uint32_t tag_ = 0;
-
- private:
-  int tile_vectors_;
-  const uint4* from_ = nullptr;
-  uint32_t above_one_ = 0;
+  int blocks_, tile_vectors_;  // blocks of K of this lane, vectors of a tile
+  uint32_t team_vectors_, from_ = 0, tag_ = 0, above_one_ = 0;
 };
 
 // The same for a step that is the first of a sequence, which reads h_0 itself: that may have any value.
 template <class E>
-class BeginningH : public ExchangedH<E> {
-  using Base = ExchangedH<E>;
-  using Base::p_, Base::warp_, Base::lane_, Base::blocks_, Base::tag_;
-
+class BeginningH {
  public:
   using W = Words<E>;
+  static constexpr bool kPolls = true;
+  static constexpr int kAheadOfMany = W::kHalf ? 4 : 1;
 
   // Whether a sequence of these column tiles begins with the n-th step of `run`.
-  __device__ __forceinline__ BeginningH(const ExchangedH<E>& states, const ForwardRun& run, int first_column, int n)
-      : Base(states), run_(run), first_column_(first_column), begins_run_(n == run.begin) {
+  __device__ __forceinline__ BeginningH(ExchangedH<E>& states, const ForwardParams& p, const ForwardRun& run,
+                                        int first_column, int n)
+      : states_(states), p_(p), run_(run), first_column_(first_column), begins_run_(n == run.begin) {
     const Order order = {run.reverse};
     const int t = order.time(n, p_.sequences.steps);
 #pragma unroll 1
@@ -148,35 +148,43 @@ class BeginningH : public ExchangedH<E> {
 #pragma unroll
     for (int b = 0; b < Blocks; ++b) {
       const int block = first_block + b;
-      const bool exists = block < blocks_;
+      const bool exists = states_.has_block(block);
       states[b] = uint4{};
       if (!(initial_ >> tile & 1)) {
-        states[b] = load_relaxed(exists ? Base::from(tile, block) : Base::absent_state());
+        states[b] = load_relaxed(exists ? states_.from(tile, block) : states_.absent_state());
       } else if (exists && !(zero_ >> tile & 1)) {
         // Later on, others may already write what the next run begins with.
         const void* const h_0 = begins_run_ ? initial_h(run_) : run_.h_0;
-        states[b] =
-            load_relaxed(row_vector<E>(h_0, column(tile), p_.row_stride, block * kTeamWarps + warp_, lane_));
+        states[b] = load_relaxed(row_vector<E>(h_0, column(tile), p_.row_stride, block * kTeamWarps + warp(), lane()));
       }
     }
   }
 
   __device__ __forceinline__ uint32_t wrong_tags(const uint4& state, int tile) const {
-    return tag_errors(state, tag_) & tagged(tile);
+    return states_.tag_errors_of(state) & tagged(tile);
   }
 
   __device__ __forceinline__ void accept(uint4& state, int tile) {
-    Base::clear_tags(state, tagged(tile));
+    states_.clear_tags(state, tagged(tile));
     if constexpr (!W::kHalf)
       if (tagged(tile) == 0) state = as_factors<E>(state);  // who publishes a state makes it a factor
   }
 
+  template <int MTiles>
+  __device__ __forceinline__ void poison(float (&sums)[MTiles][4]) {
+    states_.poison(sums);
+  }
+
  private:
+  static __device__ __forceinline__ int lane() { return thread_index() % kWarpThreads; }
+  static __device__ __forceinline__ int warp() { return thread_index() / kWarpThreads; }
   // The tag bits, if the states of this tile have any.
   __device__ __forceinline__ uint32_t tagged(int tile) const { return initial_ >> tile & 1 ? 0 : W::kTag; }
   // The column whose states this lane multiplies.
-  __device__ __forceinline__ int column(int tile) const { return first_column_ + tile * kColumns + lane_ / 4; }
+  __device__ __forceinline__ int column(int tile) const { return first_column_ + tile * kColumns + lane() / 4; }
 
+  ExchangedH<E>& states_;
+  const ForwardParams& p_;
   const ForwardRun& run_;
   const int first_column_;
   const bool begins_run_;
@@ -187,31 +195,50 @@ template <class E, int Octets, int Blocks>
 __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forward(const ForwardParams p) {
   using W = Words<E>;
   constexpr int kMTiles = forward_m_tiles(Octets);
-  const TeamPlace at(p, Octets);
+  const TeamShape shape = {Octets, Blocks, p.team.tiles};
+  const TeamPlace at(p, shape, kMTiles, E::kParts);
   const ForwardRun& run = p.run[at.run];
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
 
   unsigned char* const shared = shared_memory();
-  float4* const partial = reinterpret_cast<float4*>(shared);  // [2][cell tile][kGateSums]
-  unsigned char* const shared_weights = shared + 2 * partial_bytes(cell_tiles, kGates);
-  unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, E::kParts);
+  const Results<3> results(shared, cell_tiles, at.cell_tile, at.lane);
+  float4* const partial =  // [2][cell tile][kGateSums]
+      reinterpret_cast<float4*>(shared + results_bytes(shape, kMTiles, E::kParts, kForwardResults));
+  unsigned char* const shared_weights =
+      reinterpret_cast<unsigned char*>(partial) + 2 * partial_bytes(cell_tiles, kGates);
+  unsigned char* const tile_memory = shared_weights + kTeamWarps * shared_weight_bytes(kMTiles, Blocks, W::kFactors);
 
   const auto weight_rows = [&](int m, int half, int block) {
     return forward_weights<E>(run.w_hh, p.hidden, p.row_stride, m % 2 * 2 + half, (at.first_octet + m / 2) * kOctet,
                               block * kTeamWarps + at.warp, at.lane);
   };
-  const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, E::kParts)> weights(
-      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, E::kParts) * at.warp), at.lane,
+  const ResidentWeights<E, kMTiles, Blocks, register_weight_tiles(kMTiles, Blocks, W::kFactors)> weights(
+      reinterpret_cast<uint4*>(shared_weights + shared_weight_bytes(kMTiles, Blocks, W::kFactors) * at.warp), at.lane,
       weight_rows);
 
-  const int buffer_vectors = forward_blocks(p.hidden, W::kBytes) * tiles * kWarpThreads;
-  ExchangedH<E> states(p, static_cast<uint4*>(p.exchange) + static_cast<int64_t>(at.team) * 2 * buffer_vectors, at.warp,
-                       at.lane);
-  // Warps without cells have a tile too, whose inputs they never copy.
-  ForwardTile<E, 1> cells(p, run, at.has_cells ? at.octet * kOctet : p.hidden, at.first_column + at.tile * kColumns,
-                          at.lane, tile_memory + at.warp * forward_tile_bytes(W::kBytes));
+  ExchangedH<E> states(p, at.team, at.warp, at.lane);
+  // Warps without a tile of their own have one too, and nothing to do with it.
+  ForwardTile<E, 1> cells(p, run, at.octet * kOctet, at.first_column + at.tile * kColumns, at.lane,
+                          tile_memory + at.cell_tile * forward_tile_bytes(W::kBytes), at.has_cells);
+  const auto store_results = [&](int n) {
+    typename ForwardTile<E, 1>::Gates a;
+    float h_c[4];
+    if (cells.saves_gates()) {
+      results.get(n, 0, a[0][0]);
+      results.get(n, 1, a[0][1]);
+    }
+    results.get(n, 2, h_c);
+    cells.store(n, a, {{h_c[0], h_c[1]}}, {{h_c[2], h_c[3]}});
+  };
 
-  for (int n = run.begin; n < run.end; ++n) {
+  // Inputs are there for all warps when the one that moves them has waited for them before a barrier.
+  if (at.moves) {
+    for (int n = run.begin; n < run.begin + kForwardStages; ++n) cells.copy_inputs(n);
+    copy_async_wait<kForwardStages - 1>();
+  }
+  block_barrier();
+  const int begin_of_run = run.begin;
+  for (int n = begin_of_run; n < run.end; ++n) {
     float4* const sums_of_step = partial + (n & 1) * cell_tiles * kGateSums;
     typename ForwardTile<E, 1>::Gates a;
     const auto begin_cells = [&] {
@@ -224,22 +251,42 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
     };
     states.set_step(n);
     // All read their initial states in the first step; in reverse, shorter sequences begin later.
-    if (n == run.begin || (run.reverse && p.sequences.lengths != nullptr)) {
-      BeginningH<E> beginning(states, run, at.first_column, n);
+    if (n == begin_of_run || (run.reverse && p.sequences.lengths != nullptr)) {
+      BeginningH<E> beginning(states, p, run, at.first_column, n);
       multiply_tiles(weights, tiles, beginning, begin_cells, put_sums);
     } else {
       multiply_tiles(weights, tiles, states, begin_cells, put_sums);
     }
+    if (at.moves) copy_async_wait<kForwardStages - 2>();  // the next step's
     block_barrier();
-    if (!at.has_cells) continue;
-    add_gate_sums<kMTiles * Blocks <= 8 ? 4 : 2>(sums_of_step, at.warp, at.lane, a[0]);
-    cells.compute(n, a);
-    typename ForwardTile<E, 1>::Outputs h;
-    cells.outputs(h);
-    if (n + 1 < run.end) states.publish(n, at.octet, at.tile, h[0]);
-    cells.end(n, a);
+    if (at.has_cells) {
+      add_gate_sums<kMTiles * Blocks <= 8    ? 8
+                    : kMTiles * Blocks <= 16 ? 4
+                                             : 2>(sums_of_step, at.cell_tile, at.lane, a[0]);
+      cells.compute(n, a);
+      typename ForwardTile<E, 1>::States h;
+      cells.outputs(h);
+      if (n + 1 < run.end) states.publish(n, at.octet, at.tile, h[0]);
+      if (!at.helped) {
+        cells.store(n, a, cells.h(), cells.c());
+      } else {
+        if (cells.saves_gates()) {
+          results.put(n, 0, a[0][0]);
+          results.put(n, 1, a[0][1]);
+        }
+        results.put(n, 2, {cells.h()[0][0], cells.h()[0][1], cells.c()[0][0], cells.c()[0][1]});
+      }
+    }
+    if (at.moves) {
+      if (at.helped && n > run.begin) store_results(n - 1);
+      cells.copy_inputs(n + kForwardStages);
+    }
   }
+  copy_async_wait<0>();
   if (at.has_cells) cells.finish();
+  if (!at.helped) return;
+  block_barrier();
+  if (at.moves) store_results(run.end - 1);
 }
 
 template <class E>

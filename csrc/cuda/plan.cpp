@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <mutex>
 #include <span>
 #include <sstream>
@@ -13,26 +14,29 @@ namespace fastlstm::cuda {
 
 namespace {
 
-// The cost model's constants, in SM cycles unless they say otherwise. Derived from published latencies of Hopper GPUs,
-// not measured yet: they rank candidates, and a measurement replaces them here.
+// The cost model's constants, in SM cycles unless they say otherwise: fitted to steps measured on an H200 in bfloat16
+// (docs/cuda.md), so that they contain what the single parts of a step do to each other.
 namespace cost {
-constexpr double kHandOff = 480;  // from the store of a state to its arrival at another SM through L2
-constexpr double kL2Bytes = 38;   // bytes per cycle and SM from L2
-constexpr double kMma = 6.5;      // of one tensor core per MMA of 16 x 8 x 16 elements of 16 bits, 4 cores per SM
-constexpr double kMmaLatency = 33;
-constexpr double kSharedBytes = 128;   // bytes per cycle and SM from shared memory
-constexpr double kReduction = 190;     // sums of all warps, through shared memory and a barrier
-constexpr double kCell = 100;          // the cells of a tile ...
-constexpr double kPublish = 40;        // ... and their way into the exchange buffer
-constexpr double kExposed = 0.3;       // part of the smaller of (load, multiply) that the larger does not hide
-constexpr double kBarrier = 75;        // of one CTA, with the first load from shared memory behind it
-constexpr double kLaunch = 6;          // microseconds: weights into registers, launch, filling the exchange buffer
-constexpr double kRunProducts = 8;     // microseconds that cutting a product over all steps costs, per run
-constexpr double kLibraryStep = 10;    // microseconds of a step whose product is a library call: host time
-constexpr double kLibraryRate = 0.4;   // of the tensor cores' peak that such a product reaches, if it is large
-constexpr double kMemoryBytes = 3e6;   // bytes per microsecond of device memory
-constexpr double kStepLaunch = 2;      // microseconds from the end of a step's kernel to the next one's start
-constexpr double kStepLatency = 1800;  // of a kernel for one step: first loads, sums of all warps, cells
+// Of a step: in any case, for each cell tile of a CTA, for each cycle that its tensor cores are busy, and for each KB
+// of states that it loads.
+struct Step {
+  double any, cell_tile, multiply, load_kb;
+};
+constexpr Step kForwardStep = {1990, 270, 0.8, 43};
+constexpr Step kBackwardStep = {2270, 37, 3.5, 16};
+// The same of the resident family, for each octet of a warp.
+constexpr Step kForwardResident = {110, 1050, 0.6, 0};
+constexpr Step kBackwardResident = {380, 1700, 0.6, 0};
+constexpr double kL2Bytes = 38;       // bytes per cycle and SM from L2
+constexpr double kMma = 6.5;          // of one tensor core per MMA of 16 x 8 x 16 elements of 16 bits, 4 cores per SM
+constexpr double kSharedBytes = 128;  // bytes per cycle and SM from shared memory
+constexpr double kLaunch = 6;         // microseconds: weights into registers, launch, filling the exchange buffer
+constexpr double kRunProducts = 8;    // microseconds that cutting a product over all steps costs, per run
+constexpr double kLibraryStep = 14;   // microseconds of a step whose product is a library call: host time
+constexpr double kLibraryRate = 0.4;  // of the tensor cores' peak that such a product reaches, if it is large
+constexpr double kMemoryBytes = 3e6;  // bytes per microsecond of device memory
+constexpr double kStepLaunch = 3;     // microseconds from the end of a step's kernel to the next one's start
+constexpr double kForwardLatency = 2900, kBackwardLatency = 6500;  // of a kernel for one step
 }  // namespace cost
 
 bool has_mma(Element e) { return e != Element::kFp64; }
@@ -41,20 +45,20 @@ bool has_mma(Element e) { return e != Element::kFp64; }
 double mmas_per_warp(int m_tiles, int blocks, int parts) { return 2.0 * (2 * parts - 1) * m_tiles * blocks; }
 
 // Cycles of a step of a team's CTA.
-double team_step_cycles(int m_tiles, const TeamShape& team, int blocks_of_k, int parts) {
-  const double load = static_cast<double>(blocks_of_k) * kBlockBytes * kColumns * team.tiles / cost::kL2Bytes;
-  const double mmas = mmas_per_warp(m_tiles, team.blocks, parts) * team.tiles * kTeamWarps;
-  const double weights = static_cast<double>(kTeamWarps * shared_weight_bytes(m_tiles, team.blocks, parts)) *
+double team_step_cycles(const cost::Step& step, int m_tiles, const TeamShape& team, int blocks_of_k,
+                        const Factors& factors) {
+  const double load_kb = static_cast<double>(blocks_of_k) * kBlockBytes * kColumns * team.tiles / 1024;
+  const double mmas = mmas_per_warp(m_tiles, team.blocks, factors.parts) * team.tiles * kTeamWarps;
+  const double weights = static_cast<double>(kTeamWarps * shared_weight_bytes(m_tiles, team.blocks, factors)) *
                          team.tiles / cost::kSharedBytes;
-  const double multiply = std::max(mmas * cost::kMma / 4, weights);
-  return cost::kHandOff + std::max(load, multiply) + cost::kExposed * std::min(load, multiply) + cost::kMmaLatency +
-         cost::kReduction + cost::kCell + cost::kPublish;
+  return step.any + step.cell_tile * team.octets * team.tiles +
+         step.multiply * std::max(mmas * cost::kMma / 4, weights) + step.load_kb * load_kb;
 }
 
 // Cycles of a step of a CTA of the resident family.
-double resident_step_cycles(int m_tiles, int blocks, int parts, int warps, int octets) {
+double resident_step_cycles(const cost::Step& step, int m_tiles, int blocks, int parts, int warps, int octets) {
   const double mmas = mmas_per_warp(m_tiles, blocks, parts) * warps;
-  return cost::kBarrier + mmas * cost::kMma / 4 + cost::kMmaLatency + cost::kCell * octets + cost::kPublish;
+  return step.any + step.cell_tile * octets + step.multiply * mmas * cost::kMma / 4;
 }
 
 // Microseconds to read the recurrent weights anew in each step, if L2 does not hold them with what else a step takes.
@@ -135,9 +139,10 @@ PassPlan streamed_plan(const Problem& p, Element e, const Device& d, const Strea
   const double turns = ceil_div(plan.ctas, d.sms), rows = 16.0 * m_tiles + kColumns * variant.tiles;
   const double load = turns * rows * blocks * kBlockBytes / cost::kL2Bytes,
                multiply = turns * mmas_per_warp(m_tiles, blocks, f.parts) * variant.tiles * cost::kMma / 4;
-  plan.microseconds = static_cast<double>(p.directions) *
-                      (cost::kStepLaunch + cost::kStepLatency / (d.gigahertz * 1e3) +
-                       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, e, d)));
+  plan.microseconds =
+      static_cast<double>(p.directions) *
+      (cost::kStepLaunch + (pass.backward ? cost::kBackwardLatency : cost::kForwardLatency) / (d.gigahertz * 1e3) +
+       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, e, d)));
   return plan;
 }
 
@@ -189,7 +194,7 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
     PassPlan plan = streamed_plan(p, e, d, variant, pass);
     if (plan.shared_bytes <= static_cast<size_t>(d.shared_bytes)) plans.push_back(plan);
   }
-  if (p.H > 4096) return plans;
+  if (p.H > 4096 || p.N > std::numeric_limits<int32_t>::max()) return plans;  // rows are counted in 32 bits
   const Factors factors = factors_of(e);
   const int hidden = static_cast<int>(p.H), bytes = factors.bytes, directions = static_cast<int>(p.directions);
   const int blocks_of_k = pass.blocks_of_k(hidden, bytes), blocks_per_warp = ceil_div(blocks_of_k, kTeamWarps);
@@ -211,7 +216,8 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
       plan.waves = 1;
       plan.microseconds =
           ceil_div(plan.ctas, d.sms) *
-          resident_step_cycles(pass.m_tiles(variant.octets), variant.blocks, factors.parts, warps, variant.octets) /
+          resident_step_cycles(pass.backward ? cost::kBackwardResident : cost::kForwardResident,
+                               pass.m_tiles(variant.octets), variant.blocks, factors.parts, warps, variant.octets) /
           (d.gigahertz * 1e3);
       return plan;
     });
@@ -235,7 +241,8 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
         plan.ctas = at_once * plan.groups * ctas;
         plan.waves = ceil_div(column_tiles, plan.groups * tiles);
         plan.microseconds = launches(plan, p) *
-                            team_step_cycles(pass.m_tiles(variant.octets), plan.team, blocks_of_k, factors.parts) /
+                            team_step_cycles(pass.backward ? cost::kBackwardStep : cost::kForwardStep,
+                                             pass.m_tiles(variant.octets), plan.team, blocks_of_k, factors) /
                             (d.gigahertz * 1e3);
         return plan;
       });

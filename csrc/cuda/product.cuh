@@ -18,26 +18,37 @@ namespace fastlstm::cuda {
 // What a thread derives from its place in the grid: CTAs of a team in turn, then teams of a run, then runs.
 struct TeamPlace {
   template <class Params>
-  __device__ __forceinline__ TeamPlace(const Params& p, int octets)
+  __device__ __forceinline__ TeamPlace(const Params& p, const TeamShape& shape, int m_tiles, int parts)
       : lane(thread_index() % kWarpThreads), warp(thread_index() / kWarpThreads) {
-    const int ctas = team_ctas(p.hidden, octets);
+    const int octets = shape.octets, ctas = team_ctas(p.hidden, octets);
     team = block_index() / ctas;
     run = team / p.groups;
     first_octet = block_index() % ctas * octets;
     first_column = p.first_column + team % p.groups * p.team.tiles * kColumns;
-    octet = first_octet + warp % octets;
-    tile = warp / octets;
-    has_cells = tile < p.team.tiles && octet * kOctet < p.hidden;
+    const int cell_tiles = octets * p.team.tiles;
+    helped = has_helpers(shape, m_tiles, parts);
+    cell_tile = warp < cell_tiles ? warp : warp - cell_tiles;
+    octet = first_octet + cell_tile % octets;
+    tile = cell_tile / octets;
+    const bool exists = cell_tile < cell_tiles && octet * kOctet < p.hidden;
+    has_cells = exists && warp < cell_tiles;
+    moves = exists && (helped ? warp >= cell_tiles : warp < cell_tiles);
   }
 
   int lane, warp;
   int team, run;                  // of all teams of the grid
   int first_octet, first_column;  // of the CTA, of the team
-  int octet, tile;                // whose cells this warp computes,
-  bool has_cells;                 // if it does
+  int cell_tile, octet, tile;     // of the CTA, of the layer, of the team: whose cells this warp
+  bool has_cells, moves;          // computes; whose inputs and results it moves from and to memory:
+  bool helped;                    // another warp's, so that those with cells go on with the next product
 };
 
 __device__ __forceinline__ bool tag_of(int step) { return (step >> 1) & 1; }
+
+// Of `n`, not larger than `most`.
+constexpr int largest_divisor(int n, int most) {
+  return n <= most || n % most == 0 ? (n < most ? n : most) : largest_divisor(n, most - 1);
+}
 
 // sink(tile, sums[MTiles][4]) for every column tile: the weights times that tile's states.
 //
@@ -52,14 +63,13 @@ __device__ __forceinline__ void multiply_tiles(const Weights& weights, int tiles
   // A round is what registers are left for: a few tiles, or a part of the blocks of one. Its loads are issued while the
   // products of the round before are taken, and it is waited for as a whole: a load takes several hundred cycles, and
   // what was asked for too early has to be asked for again.
-  constexpr int kAhead = kMTiles * kBlocks > 16  ? 4
-                         : kMTiles * kBlocks > 8 ? (kBlocks == 12 ? 6 : Source::kAheadOfMany)
-                                                 : 8;
-  constexpr int kRoundTiles = kAhead / kBlocks > 1 ? kAhead / kBlocks : 1;
-  constexpr int kRoundBlocks = kBlocks < kAhead ? kBlocks : kAhead;
-  static_assert(kBlocks % kRoundBlocks == 0, "rounds are alike");
+  constexpr int kMany = kMTiles > 4 && Source::kAheadOfMany > 1 ? Source::kAheadOfMany / 2 : Source::kAheadOfMany;
+  constexpr int kMost = kMTiles * kBlocks <= 8 ? 8 : kMTiles * kBlocks <= 16 || kMany < 4 ? kMany : 4;
+  constexpr int kRoundBlocks = largest_divisor(kBlocks, kMost), kRoundTiles = kMost / kRoundBlocks;
   // A single tile of rows would leave the tensor cores waiting for their own sums: it adds up two sets in turn.
   constexpr int kSets = kMTiles <= 2 ? 2 : 1;
+
+  static_assert(kRoundTiles == 1 || kRoundBlocks == kBlocks, "the sums of a tile are finished before the next one's");
 
   uint4 states[kRoundTiles][kRoundBlocks];
   const auto load_round = [&](int first_tile, int first_block) {

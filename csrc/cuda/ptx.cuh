@@ -35,6 +35,8 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 // Bit i of the result: the predicate of lane i.
 __device__ __forceinline__ uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 __device__ __forceinline__ bool warp_all(bool predicate) { return __all_sync(0xffffffffu, predicate); }
+// The value of lane `from`.
+__device__ __forceinline__ int warp_shuffle(int value, int from) { return __shfl_sync(0xffffffffu, value, from); }
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 

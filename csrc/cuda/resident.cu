@@ -77,11 +77,12 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
                                   (at.warp * Octets + m / 2) * kOctet, block, at.lane);
       });
   Cells cells(p, run, at.warp * Octets * kOctet, at.first_column, at.lane,
-              shared + states.bytes() + at.warp * Octets * forward_tile_bytes(Words<E>::kBytes));
+              shared + states.bytes() + at.warp * Octets * forward_tile_bytes(Words<E>::kBytes), true);
+  for (int n = run.begin; n < run.begin + kForwardStages - 1; ++n) cells.copy_inputs(n);
   block_barrier();  // states are clear
 
   const auto put_outputs = [&](int n) {
-    typename Cells::Outputs h;
+    typename Cells::States h;
     cells.outputs(h);
 #pragma unroll
     for (int o = 0; o < Octets; ++o)
@@ -97,7 +98,12 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
     typename Cells::Gates a;
     states.set_step(n - 1);
     multiply_tiles(
-        weights, 1, states, [&] { cells.begin(n, a); },
+        weights, 1, states,
+        [&] {
+          copy_async_wait<kForwardStages - 2>();
+          warp_barrier();
+          cells.begin(n, a);
+        },
         [&](int, const float (&sums)[kMTiles][4]) {
 #pragma unroll
           for (int o = 0; o < Octets; ++o)
@@ -108,8 +114,10 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_forward(
         });
     cells.compute(n, a);
     put_outputs(n);
-    cells.end(n, a);
+    cells.store(n, a, cells.h(), cells.c());
+    cells.copy_inputs(n + kForwardStages - 1);
   }
+  copy_async_wait<0>();
   cells.finish();
 }
 
@@ -129,14 +137,20 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
         return transposed_weights<E>(run.w_hh, p.hidden, p.row_stride, first, block, at.lane);
       });
   Cells cells(p, run, at.warp * Octets * kOctet, at.first_column, at.lane,
-              shared + states.bytes() + at.warp * Octets * backward_tile_bytes(Words<E>::kBytes));
+              shared + states.bytes() + at.warp * Octets * backward_tile_bytes(Words<E>::kBytes), true);
+  for (int n = run.begin; n < run.begin + kBackwardStages - 1; ++n) cells.copy_inputs(n);
+  const auto begin_cells = [&](int n) {
+    copy_async_wait<kBackwardStages - 3>();
+    warp_barrier();
+    cells.begin(n);
+  };
 
   // The product of the last step gives d_h_0, or what the next run begins with.
   const int last_product = run.d_h_0 == nullptr && run.end == p.sequences.steps ? run.end - 1 : run.end;
   for (int n = run.begin; n <= last_product; ++n) {
     const bool has_step = n < run.end;
     if (n == run.begin) {
-      cells.begin(n);
+      begin_cells(n);
     } else {
       block_barrier();
       states.set_step(n - 1);
@@ -144,7 +158,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
       multiply_tiles(
           weights, 1, states,
           [&] {
-            if (has_step) cells.begin(n);
+            if (has_step) begin_cells(n);
           },
           [&](int, const float (&sums)[kMTiles][4]) {
 #pragma unroll
@@ -162,8 +176,10 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) resident_backward
       if ((at.warp * Octets + o) * kOctet < p.hidden)
         put_gradients<E>(at.warp * Octets + o, at.lane, d_gates[o],
                          [&](int vector, const uint4& packet) { states.buffer(n)[vector] = packet; });
-    cells.end(n, d_gates);
+    cells.store(n, d_gates);
+    cells.copy_inputs(n + kBackwardStages - 1);
   }
+  copy_async_wait<0>();
   cells.finish();
 }
 

@@ -19,15 +19,9 @@ class Tile {
         first_unit_(first_unit),
         first_column_(first_column),
         memory_(memory) {
-    if (!has_cells()) return;
 #pragma unroll
     for (int e = 0; e < 2; ++e) length_[e] = length_of(p_.sequences, column(e));
-    copied_length_ = length_of(p_.sequences, copied_column());
-    stored_length_ = length_of(p_.sequences, stored_column());
   }
-
-  // A warp without cells has no memory either.
-  __device__ __forceinline__ bool has_cells() const { return first_unit_ < p_.hidden; }
 
   // The unit and the columns of this thread.
   __device__ __forceinline__ int unit(int o) const { return first_unit_ + o * kOctet + lane_ / 4; }
@@ -49,9 +43,12 @@ class Tile {
   class Rows {
    public:
     __device__ __forceinline__ Rows(const Tile& tile, int t, int o)
-        : lane_(tile.lane_), aligned_(tile.p_.aligned), first_(o * kOctet), left_(tile.p_.hidden - tile.first_unit_ - first_) {
+        : lane_(tile.lane_),
+          aligned_(tile.p_.aligned),
+          first_(o * kOctet),
+          left_(tile.p_.hidden - tile.first_unit_ - first_) {
       const Sequences& s = tile.p_.sequences;
-      stored_ = t < tile.stored_length_ && lane_ % 4 * 2 < left_;
+      stored_ = t < tile.length_of_column(lane_ / 4) && lane_ % 4 * 2 < left_;
       stored_row_ = row_of_few(s, t, tile.stored_column());
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -98,7 +95,13 @@ class Tile {
   const Order order_;
   const int lane_, first_unit_, first_column_;
   unsigned char* const memory_;
-  int length_[2], copied_length_, stored_length_;  // of column(e), copied_column(), stored_column()
+  // The length of another column of the tile, 0 <= i < 8, which other lanes have: registers are scarce.
+  __device__ __forceinline__ int length_of_column(int i) const {
+    const int even = warp_shuffle(length_[0], i / 2), odd = warp_shuffle(length_[1], i / 2);
+    return i % 2 == 0 ? even : odd;
+  }
+
+  int length_[2];  // of column(e)
 };
 
 }  // namespace fastlstm::cuda

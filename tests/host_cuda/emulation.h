@@ -217,7 +217,7 @@ class Random {
 };
 
 // Where a thread can be kept waiting.
-enum class Operation { kBlockBarrier, kWarpBarrier, kBallot, kAll, kMmaBf16, kMmaFp16, kMmaTf32, kTranspose };
+enum class Operation { kBlockBarrier, kWarpBarrier, kBallot, kAll, kShuffle, kMmaBf16, kMmaFp16, kMmaTf32, kTranspose };
 
 inline const char* name(Operation operation) {
   switch (operation) {
@@ -225,6 +225,7 @@ inline const char* name(Operation operation) {
     case Operation::kWarpBarrier: return "warp_barrier";
     case Operation::kBallot: return "warp_ballot";
     case Operation::kAll: return "warp_all";
+    case Operation::kShuffle: return "warp_shuffle";
     case Operation::kMmaBf16: return "mma_bf16";
     case Operation::kMmaFp16: return "mma_fp16";
     case Operation::kMmaTf32: return "mma_tf32";
@@ -860,6 +861,19 @@ inline bool warp_all(bool predicate) {
       result = result && static_cast<const Vote*>(votes[__builtin_ctz(rest)])->predicate;
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1)
       static_cast<Vote*>(votes[__builtin_ctz(rest)])->result = result;
+  });
+  return mine.result;
+}
+
+inline int warp_shuffle(int value, int from) {
+  struct Exchange {
+    int value, from, result;
+  } mine = {value, from, 0};
+  emulation::machine.meet_all(emulation::Operation::kShuffle, mine, [](void* const* exchanges, uint32_t) {
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* const to = static_cast<Exchange*>(exchanges[lane]);
+      to->result = static_cast<const Exchange*>(exchanges[to->from])->value;
+    }
   });
   return mine.result;
 }
