@@ -37,6 +37,8 @@ constexpr double kLibraryRate = 0.4;  // of the tensor cores' peak that such a p
 constexpr double kMemoryBytes = 3e6;  // bytes per microsecond of device memory
 constexpr double kStepLaunch = 3;     // microseconds from the end of a step's kernel to the next one's start
 constexpr double kForwardLatency = 2900, kBackwardLatency = 6500;  // of a kernel for one step
+// What loading the factors of such a step takes, of what it would at kL2Bytes: if all CTAs run at once, and if not.
+constexpr double kStreamedLoad = 1.8, kStreamedTurns = 2.7;
 }  // namespace cost
 
 bool has_mma(Element e) { return e != Element::kFp64; }
@@ -137,7 +139,8 @@ PassPlan streamed_plan(const Problem& p, Element e, const Device& d, const Strea
   plan.shared_bytes = pass.streamed_bytes(variant);
   plan.waves = 1;
   const double turns = ceil_div(plan.ctas, d.sms), rows = 16.0 * m_tiles + kColumns * variant.tiles;
-  const double load = turns * rows * blocks * kBlockBytes / cost::kL2Bytes,
+  const double load = turns * rows * blocks * kBlockBytes / cost::kL2Bytes *
+                      (turns > 1 ? cost::kStreamedTurns : cost::kStreamedLoad),
                multiply = turns * mmas_per_warp(m_tiles, blocks, f.parts) * variant.tiles * cost::kMma / 4;
   plan.microseconds =
       static_cast<double>(p.directions) *
