@@ -19,11 +19,11 @@ namespace {
 template <class W>
 __device__ const AbsentStates absent = {{{0, 0, 0, 0}, {W::kTag, W::kTag, W::kTag, W::kTag}}};
 
-// h as the team exchanges it: 16-bit or 32-bit elements, tagged in the top bit of the exponent, which is 0 in every
-// |h| <= 1. A NaN travels as a value between 1 and 2, which no h has.
 template <class E>
 class BeginningH;
 
+// h as the team exchanges it: 16-bit or 32-bit elements, tagged in the top bit of the exponent, which is 0 in every
+// |h| <= 1. A NaN travels as a value between 1 and 2, which no h has.
 template <class E>
 class ExchangedH {
  public:

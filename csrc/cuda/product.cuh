@@ -47,7 +47,8 @@ __device__ __forceinline__ bool tag_of(int step) { return (step >> 1) & 1; }
 
 // Of `n`, not larger than `most`.
 constexpr int largest_divisor(int n, int most) {
-  return n <= most || n % most == 0 ? (n < most ? n : most) : largest_divisor(n, most - 1);
+  while (n % most != 0) --most;
+  return most;
 }
 
 // sink(tile, sums[MTiles][4]) for every column tile: the weights times that tile's states.
@@ -63,6 +64,7 @@ __device__ __forceinline__ void multiply_tiles(const Weights& weights, int tiles
   // A round is what registers are left for: a few tiles, or a part of the blocks of one. Its loads are issued while the
   // products of the round before are taken, and it is waited for as a whole: a load takes several hundred cycles, and
   // what was asked for too early has to be asked for again.
+  // Sums of many tiles of rows take registers too.
   constexpr int kMany = kMTiles > 4 && Source::kAheadOfMany > 1 ? Source::kAheadOfMany / 2 : Source::kAheadOfMany;
   constexpr int kMost = kMTiles * kBlocks <= 8 ? 8 : kMTiles * kBlocks <= 16 || kMany < 4 ? kMany : 4;
   constexpr int kRoundBlocks = largest_divisor(kBlocks, kMost), kRoundTiles = kMost / kRoundBlocks;
