@@ -106,7 +106,7 @@ class BackwardTile : Tile<BackwardRun, Octets> {
   // of the cell state. The cell states go one step further than the run: c_{t-1} of its last step.
   __device__ __forceinline__ void copy_inputs(int n) {
     const int part = lane_ / kColumns, column = lane_ % kColumns;
-    const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < Base::length_of_column(lane_ % kColumns);
+    const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < Base::copied_length();
     const uint64_t row = exists ? row_of_few(p_.sequences, time(n), copied_column()) : 0;
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {

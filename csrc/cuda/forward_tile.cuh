@@ -121,7 +121,7 @@ class ForwardTile : Tile<ForwardRun, Octets> {
   // n - kForwardStages.
   __device__ __forceinline__ void copy_inputs(int n) {
     const int gate = lane_ / kColumns, t = order_.time(n, p_.sequences.steps);
-    const bool exists = n < run_.end && t < Base::length_of_column(lane_ % kColumns);
+    const bool exists = n < run_.end && t < Base::copied_length();
     // Where there is no row, any address that exists.
     const Storage* from = static_cast<const Storage*>(run_.w_hh);
     if (exists)

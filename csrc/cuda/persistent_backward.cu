@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_backwa
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
 
   unsigned char* const shared = shared_memory();
-  const Results<2> results(shared, cell_tiles, at.cell_tile, at.lane);
+  const Results<kBackwardResults> results(shared, cell_tiles, at.cell_tile, at.lane);
   float2* const partial =  // [2][cell tile][kUnitSums]
       reinterpret_cast<float2*>(shared + results_bytes(shape, kMTiles, E::kParts, kBackwardResults));
   unsigned char* const shared_weights = reinterpret_cast<unsigned char*>(partial) + 2 * partial_bytes(cell_tiles, 1);

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads, 1) persistent_forwar
   const int tiles = p.team.tiles, cell_tiles = Octets * tiles;
 
   unsigned char* const shared = shared_memory();
-  const Results<3> results(shared, cell_tiles, at.cell_tile, at.lane);
+  const Results<kForwardResults> results(shared, cell_tiles, at.cell_tile, at.lane);
   float4* const partial =  // [2][cell tile][kGateSums]
       reinterpret_cast<float4*>(shared + results_bytes(shape, kMTiles, E::kParts, kForwardResults));
   unsigned char* const shared_weights =

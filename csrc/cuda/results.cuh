@@ -8,15 +8,15 @@
 
 namespace fastlstm::cuda {
 
-// Results of a step, Vectors times four numbers for each lane of a cell tile: [2][cell tile][vector][lane], alternating
-// by step. The barrier of the next step lies between put() and get(), and another one before the same memory is used
-// again.
-template <int Vectors>
+// Results of a step, `Values` of each of a lane's two cells as vectors of four: [2][cell tile][vector][lane],
+// alternating by step. The barrier of the next step lies between put() and get(), and another one before the same
+// memory is used again.
+template <int Values>
 class Results {
  public:
   __device__ __forceinline__ Results(unsigned char* shared, int cell_tiles, int cell_tile, int lane)
-      : memory_(reinterpret_cast<float4*>(shared) + cell_tile * Vectors * kWarpThreads + lane),
-        step_vectors_(cell_tiles * Vectors * kWarpThreads) {}
+      : memory_(reinterpret_cast<float4*>(shared) + cell_tile * kVectors * kWarpThreads + lane),
+        step_vectors_(cell_tiles * kVectors * kWarpThreads) {}
 
   __device__ __forceinline__ float4& at(int n, int vector) const {
     return memory_[(n & 1) * step_vectors_ + vector * kWarpThreads];
@@ -33,6 +33,7 @@ class Results {
   }
 
  private:
+  static constexpr int kVectors = 2 * Values / 4;
   float4* const memory_;
   const int step_vectors_;
 };

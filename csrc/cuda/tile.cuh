@@ -34,10 +34,18 @@ class Tile {
     return static_cast<int64_t>(column(e)) * stride + unit(o);
   }
 
+  // The length of another column of the tile, 0 <= i < 8, which other lanes have: registers are scarce.
+  __device__ __forceinline__ int length_of_column(int i) const {
+    const int even = warp_shuffle(length_[0], i / 2), odd = warp_shuffle(length_[1], i / 2);
+    return i % 2 == 0 ? even : odd;
+  }
+
   // The column whose inputs this lane copies, eight units at a time.
   __device__ __forceinline__ int copied_column() const { return first_column_ + lane_ % kColumns; }
+  __device__ __forceinline__ int copied_length() const { return length_of_column(lane_ % kColumns); }
   // The column that it stores elements of 16 bits of, two units at a time.
   __device__ __forceinline__ int stored_column() const { return first_column_ + lane_ / 4; }
+  __device__ __forceinline__ int stored_length() const { return length_of_column(lane_ / 4); }
 
   // Where this warp stores what its lanes have of an octet at a step, in tensors with a row for each step of a column.
   class Rows {
@@ -48,7 +56,7 @@ class Tile {
           first_(o * kOctet),
           left_(tile.p_.hidden - tile.first_unit_ - first_) {
       const Sequences& s = tile.p_.sequences;
-      stored_ = t < tile.length_of_column(lane_ / 4) && lane_ % 4 * 2 < left_;
+      stored_ = t < tile.stored_length() && lane_ % 4 * 2 < left_;
       stored_row_ = row_of_few(s, t, tile.stored_column());
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -95,12 +103,6 @@ class Tile {
   const Order order_;
   const int lane_, first_unit_, first_column_;
   unsigned char* const memory_;
-  // The length of another column of the tile, 0 <= i < 8, which other lanes have: registers are scarce.
-  __device__ __forceinline__ int length_of_column(int i) const {
-    const int even = warp_shuffle(length_[0], i / 2), odd = warp_shuffle(length_[1], i / 2);
-    return i % 2 == 0 ? even : odd;
-  }
-
   int length_[2];  // of column(e)
 };
 

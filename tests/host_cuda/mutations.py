@@ -585,7 +585,7 @@ MUTATIONS = [
     Mutation(
         "a unit behind the last is put out",
         "cuda/tile.cuh",
-        "stored_ = t < tile.length_of_column(lane_ / 4) && «lane_ % 4 * 2 < left_»;",
+        "stored_ = t < tile.stored_length() && «lane_ % 4 * 2 < left_»;",
         "lane_ % 4 * 2 <= left_",
         "it is written over the other direction",
         (replace(PERSISTENT, H=42), replace(RESIDENT, H=74)),
@@ -666,7 +666,7 @@ MUTATIONS = [
     Mutation(
         "outputs go on behind the end",
         "cuda/tile.cuh",
-        "stored_ = «t < tile.length_of_column(lane_ / 4)» &&",
+        "stored_ = «t < tile.stored_length()» &&",
         "true",
         "packed rows of other columns are overwritten; columns behind the batch have no rows",
         _each(packed, _FUSED),
