@@ -423,7 +423,7 @@ def time_candidate(c: Candidate, device: str) -> dict[str, Any]:
         return {"us_per_step": t.median_s * 1e6 / (c.T * c.L), "spread": t.spread}
 
     with torch.no_grad():
-        y, _, _, saved = operators.lstm(x, weights, h_0, c_0, *options, True)
+        y, _, _, saved, _ = operators.lstm(x, weights, h_0, c_0, *options, True)
         with c.forced():
             try:
                 plan = fastlstm.plan(T=c.T, B=c.B, I=16, H=c.H, L=c.L, dtype=dtype, training=True, **place).to_dict()

@@ -125,7 +125,27 @@ void check_dropout_mask(const Arguments& a, const Tensor& dropout_mask, const Te
   check_dtype_and_device("dropout_mask", dropout_mask, x);
   FASTLSTM_CHECK(p.layers > 1, "dropout_mask needs num_layers > 1, got ", p.layers);
   check_shape("dropout_mask", "[L-1, *x.shape[:-1], D*P]", dropout_mask,
-              a.rows.after(p.layers - 1).then(p.directions * p.output_size()));
+              a.rows_of(p.layers - 1, p.directions * p.output_size()));
+}
+
+void check_reset_states(const Arguments& a, const Call& call) {
+  FASTLSTM_CHECK(call.reset_h && call.reset_c && call.reset_mask,
+                 "reset_h and reset_c must be given together and with reset_mask");
+  check_dtype_and_device("reset_h", *call.reset_h, call.x);
+  check_dtype_and_device("reset_c", *call.reset_c, call.x);
+  check_shape("reset_h", "the shape of h_0", *call.reset_h, a.states.then(a.problem.output_size()));
+  check_shape("reset_c", "the shape of c_0", *call.reset_c, a.states.then(a.problem.H));
+}
+
+void check_zoneout(const Arguments& a, const char* name, const OptionalTensor& mask, double rate, int64_t features,
+                   const Tensor& x) {
+  FASTLSTM_CHECK(rate >= 0 && rate <= 1, "the rate of ", name, " must be in [0, 1], got ", rate);
+  if (!mask) return;
+  FASTLSTM_CHECK(rate == 0, name, " must be given as a mask or as a rate, got both");
+  FASTLSTM_CHECK(mask->scalar_type() == ScalarType::Bool, name, " must be bool, got ", dtype_name(mask->scalar_type()));
+  check_shape(name, "[L*D, *x.shape[:-1], features]", *mask,
+              a.rows_of(a.problem.layers * a.problem.directions, features));
+  check_device(name, *mask, x);
 }
 
 }  // namespace
@@ -152,18 +172,34 @@ Arguments parse(const Call& call, bool training) {
   a.per_direction = 2 + (call.has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
   check_weights(a, call);
   if (call.dropout_mask) check_dropout_mask(a, *call.dropout_mask, call.x);
+  if (call.reset_h || call.reset_c) check_reset_states(a, call);
+  if (call.recurrent_mask) {
+    check_dtype_and_device("recurrent_mask", *call.recurrent_mask, call.x);
+    check_shape("recurrent_mask", "the shape of h_0", *call.recurrent_mask, a.states.then(p.output_size()));
+  }
+  check_zoneout(a, "zoneout_h", call.zoneout_h, call.zoneout_rate_h, p.output_size(), call.x);
+  check_zoneout(a, "zoneout_c", call.zoneout_c, call.zoneout_rate_c, p.H, call.x);
   return a;
+}
+
+void check_wanted(const Arguments& a, const Wanted& wanted) {
+  FASTLSTM_CHECK(wanted.cell_layers >= 0 && wanted.cell_layers <= a.problem.layers,
+                 "cell_layers must be in [0, num_layers] = [0, ", a.problem.layers, "], got ", wanted.cell_layers);
 }
 
 void check_backward(const Arguments& a, const Call& call, const BackwardCall& backward, ScalarType saved_type) {
   const Problem& p = a.problem;
   const at::TensorList saved = backward.saved;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
-  FASTLSTM_CHECK(backward.needs.size() == call.weights.size() + 2, "needs must have 2 + ", call.weights.size(),
-                 " entries, got ", backward.needs.size());
+  const size_t inputs = call.weights.size() + (call.reset_h ? 3 : 2);
+  FASTLSTM_CHECK(backward.needs.size() == inputs, "needs must have ", inputs, " entries, got ", backward.needs.size());
+  FASTLSTM_CHECK(backward.groups >= 1 && a.batch() % backward.groups == 0 && (backward.groups == 1 || !call.batch_sizes),
+                 "groups must be positive and divide B = ", a.batch(), ", of rows that are not packed, got ",
+                 backward.groups);
   FASTLSTM_CHECK(saved.size() == 3, "saved must hold gates, cells and layer_outputs, got ", saved.size(),
                  " tensors (was the forward pass run with save=True?)");
-  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, a.row_count, kGates * p.H});
+  const bool recompute = saved[0].dim() == 3 && saved[0].size(1) == 0;
+  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, recompute ? 0 : a.row_count, kGates * p.H});
   check_shape("cells", "[L*D, N, H]", saved[1], {states, a.row_count, p.H});
   check_shape("layer_outputs", "[L-1, N, D*P]", saved[2], {p.layers - 1, a.row_count, width});
   const ScalarType saved_types[] = {saved_type, a.compute_type, saved_type};
@@ -179,6 +215,13 @@ void check_backward(const Arguments& a, const Call& call, const BackwardCall& ba
   if (backward.d_y) check("d_y", "[*x.shape[:-1], D*P]", *backward.d_y, a.rows.then(width));
   if (backward.d_h_n) check("d_h_n", "the shape of h_0", *backward.d_h_n, a.states.then(p.output_size()));
   if (backward.d_c_n) check("d_c_n", "the shape of c_0", *backward.d_c_n, a.states.then(p.H));
+  if (backward.d_cell_states) {
+    const Tensor& d_cells = *backward.d_cell_states;
+    const int64_t blocks = d_cells.dim() > 0 ? d_cells.size(0) : 0;
+    FASTLSTM_CHECK(blocks % p.directions == 0 && blocks <= states, "d_cell_states must be of whole layers, got shape ",
+                   shape_text(d_cells.sizes()));
+    check("d_cell_states", "[cell_layers * D, *x.shape[:-1], H]", d_cells, a.rows_of(blocks, p.H));
+  }
 }
 
 }  // namespace fastlstm

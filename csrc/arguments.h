@@ -13,24 +13,6 @@ namespace fastlstm {
 
 using at::ScalarType;
 
-// What both operators are called with; see ops.cpp.
-struct Call {
-  const Tensor& x;
-  const at::TensorList weights;
-  const Tensor &h_0, &c_0;
-  const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
-  int64_t num_layers;
-  bool bidirectional, has_bias, reduced_products;
-};
-
-// What lstm_backward is called with in addition.
-struct BackwardCall {
-  const OptionalTensor &d_y, &d_h_n, &d_c_n;
-  const Tensor& y;
-  const at::TensorList saved;
-  const at::IntArrayRef needs;
-};
-
 struct Arguments {
   Problem problem;               // as the caller's tensors say: T, B and N know nothing of lengths
   std::vector<int64_t> offsets;  // [T + 1], rows of step t are offsets[t] ... offsets[t+1]-1; empty without batch_sizes
@@ -39,6 +21,12 @@ struct Arguments {
   int64_t per_direction;         // weights of one direction of one layer
   Sizes rows;                    // leading sizes of x and y: [T, B], packed [N], single step [B]
   Sizes states;                  // leading sizes of the states: [L*D, B], single step [B]
+
+  // The caller's B.
+  int64_t batch() const { return states[states.size() - 1]; }
+  // Of a tensor with so many blocks of rows of x.
+  Sizes rows_of(int64_t blocks, int64_t features) const { return rows.after(blocks).then(features); }
+
   const char* rows_text;
   int64_t row_count;  // product of `rows`
 };
@@ -47,8 +35,10 @@ struct Arguments {
 // the dispatcher chose the backend; only batch_sizes are on the CPU, and lengths may be.
 Arguments parse(const Call& call, bool training);
 
+void check_wanted(const Arguments& a, const Wanted& wanted);
+
 // The rest of lstm_backward's arguments, of which `a` are the first. `saved_type`: of gates and layer_outputs as the
-// backend's forward pass saves them; cells are in the compute type.
+// backend's forward pass saves them; cells are in the compute type. Gates without rows are to be computed again.
 void check_backward(const Arguments& a, const Call& call, const BackwardCall& backward, ScalarType saved_type);
 
 // Contiguous and of the given type; the tensor itself where it already is.

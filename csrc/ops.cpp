@@ -17,15 +17,26 @@
 //   reduced_products  whether products of float32 tensors may be taken of rounded values (sums stay float32): bfloat16
 //                     on the CPU, TF32 on CUDA
 //   save              whether to keep what lstm_backward needs
+//   reset_h, reset_c  [L*D, B, P], [L*D, B, H]: the states that reset_mask sets in place of zeros; both or neither
+//   recurrent_mask    [L*D, B, P]: factors on h_{t-1} as the recurrent product reads it
+//   zoneout_h, _c     bool [L*D, *x.shape[:-1], P], [..., H]: where true, an element of the state keeps the value of
+//   the
+//                     step before
+//   zoneout_rate_h, _c  without such a mask: the part of the state that is of the step before, in every element
+//   cell_layers       so many layers, the highest of the stack, return their cell states
+//   recompute         whether gates are not kept for lstm_backward, which then computes them again
 // All of them are on the device of x, but for batch_sizes; lengths may be on the CPU too.
 //
-// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, and with `save` three tensors: gates [L*D, N, 4H] (activations i,
-// f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with `lengths` their rows
-// are in an order of the backend's own. On the CPU all three are in the compute type (float32 below float64), on CUDA
-// only cells are, and the others in the dtype of x.
+// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, then with `save` three tensors: gates [L*D, N, 4H] (activations
+// i, f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with `lengths` their
+// rows are in an order of the backend's own. With `recompute`, gates have no rows. On the CPU all three are in the
+// compute type (float32 below float64), on CUDA only cells are, and the others in the dtype of x. Last come, with
+// cell_layers, the cell states [cell_layers * D, *x.shape[:-1], H] in the dtype of x.
 //
-// lstm_backward returns d_x, d_h_0, d_c_0 and one gradient per weight; what `needs` marks with 0 comes back empty.
-// `needs` has an entry for x, one for the states, then one per weight.
+// lstm_backward returns d_x, d_h_0, d_c_0, one gradient per weight and, with reset_h, those of reset_h and reset_c;
+// what `needs` marks with 0 comes back empty. `needs` has an entry for x, one for the states, then one per weight, and
+// one for the reset states where there are any. With groups = G > 1, the gradient of a weight is [G, ...]: of B / G
+// adjacent rows of the batch each.
 #include "ops.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -38,49 +49,63 @@ namespace fastlstm {
 
 namespace {
 
-// What lstm takes beside x, weights, h_0 and c_0.
-struct Options {
-  const OptionalTensor &batch_sizes, &lengths, &reset_mask, &dropout_mask;
-  int64_t num_layers;
-  bool bidirectional, has_bias, reduced_products, save;
-};
-
-// lstm as a function of (x, h_0, c_0, weights...), whose gradient is lstm_backward. Written in C++ because Python's
-// autograd.Function takes longer than a training step of a small cell.
+// lstm as a function of (x, h_0, c_0, weights..., reset_h, reset_c), whose gradient is lstm_backward. Written in C++
+// because Python's autograd.Function takes longer than a training step of a small cell.
 struct LstmFunction : torch::autograd::Function<LstmFunction> {
   using Context = torch::autograd::AutogradContext;
   using Tensors = torch::autograd::variable_list;
   // What is kept for backward: these tensors, then the weights, then what the operator saved.
-  enum Kept : size_t { kX, kH0, kC0, kY, kBatchSizes, kLengths, kResetMask, kDropoutMask, kWeights };
-  // And these numbers, as a vector of this name.
+  enum Kept : size_t {
+    kX,
+    kH0,
+    kC0,
+    kY,
+    kBatchSizes,
+    kLengths,
+    kResetMask,
+    kDropoutMask,
+    kResetH,
+    kResetC,
+    kRecurrentMask,
+    kZoneoutH,
+    kZoneoutC,
+    kWeights
+  };
+  // And these numbers, as vectors of these names.
   enum Structure : size_t { kNumLayers, kBidirectional, kHasBias, kReducedProducts, kWeightCount };
-  static constexpr const char* kStructure = "structure";
-  static constexpr size_t kInputs = 3;  // x, h_0 and c_0; of the inputs the weights come behind them
+  static constexpr const char *kStructure = "structure", *kZoneoutRates = "zoneout_rates";
+  static constexpr size_t kInputs = 3;   // x, h_0 and c_0; of the inputs the weights come behind them
+  static constexpr size_t kOutputs = 3;  // y, h_n and c_n; then the cell states, if they are returned
 
-  // `saved`: where to put what the operator saved; nobody differentiates that.
+  // `saved`: where to put what the operator saved; nobody differentiates that. The arguments are those of which
+  // autograd looks for variables, then those that it leaves alone.
   static Tensors forward(Context* context, const Tensor& x, const Tensor& h_0, const Tensor& c_0,
-                         at::TensorList weights, const Options& o, std::vector<Tensor>& saved) {
+                         at::TensorList weights, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+                         const Call& call, const Wanted& wanted, std::vector<Tensor>& saved) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor y, h_n, c_n;
-    std::tie(y, h_n, c_n, saved) =
-        lstm_operator().call(x, weights, h_0, c_0, o.batch_sizes, o.lengths, o.reset_mask, o.dropout_mask, o.num_layers,
-                             o.bidirectional, o.has_bias, o.reduced_products, o.save);
-    Tensors kept = {x, h_0, c_0, y};
-    for (const OptionalTensor* option : {&o.batch_sizes, &o.lengths, &o.reset_mask, &o.dropout_mask})
+    Tensors outputs(kOutputs);
+    std::vector<Tensor> cell_states;
+    std::tie(outputs[0], outputs[1], outputs[2], saved, cell_states) = lstm_operator(call, wanted);
+    Tensors kept = {x, h_0, c_0, outputs[0]};
+    for (const OptionalTensor* option : {&call.batch_sizes, &call.lengths, &call.reset_mask, &call.dropout_mask,
+                                         &reset_h, &reset_c, &call.recurrent_mask, &call.zoneout_h, &call.zoneout_c})
       kept.push_back(option->value_or(Tensor()));
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
     context->save_for_backward(std::move(kept));
-    context->saved_data[kStructure] = std::vector<int64_t>{o.num_layers, o.bidirectional, o.has_bias,
-                                                           o.reduced_products, static_cast<int64_t>(weights.size())};
+    context->saved_data[kStructure] = std::vector<int64_t>{call.num_layers, call.bidirectional, call.has_bias,
+                                                           call.reduced_products, static_cast<int64_t>(weights.size())};
+    if (call.zoneout_rate_h != 0 || call.zoneout_rate_c != 0)
+      context->saved_data[kZoneoutRates] = std::vector<double>{call.zoneout_rate_h, call.zoneout_rate_c};
     context->set_materialize_grads(false);
-    return {y, h_n, c_n};
+    outputs.insert(outputs.end(), cell_states.begin(), cell_states.end());
+    return outputs;
   }
 
   static Tensors backward(Context* context, const Tensors& d_outputs) {
     const std::vector<int64_t> structure = context->saved_data[kStructure].toIntVector();
     const auto weight_count = static_cast<size_t>(structure[kWeightCount]);
-    Tensors gradients(kInputs + weight_count + 2);  // the last two: forward's other arguments, which have none
+    Tensors gradients(kInputs + weight_count + 5);  // the last three: forward's other arguments, which have none
     const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     if (std::none_of(d_outputs.begin(), d_outputs.end(), [](const Tensor& d) { return d.defined(); })) return gradients;
 
@@ -89,16 +114,27 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
                          saved = at::TensorList(kept).slice(kWeights + weight_count);
     TORCH_CHECK(!saved.empty(), "fastlstm::lstm ran with save=False and kept nothing for backward; pass save=True");
     const auto needed = [&](size_t input) { return context->needs_input_grad(input); };
+    const size_t reset = kInputs + weight_count;  // the index of reset_h, which reset_c follows
+    const bool has_resets = kept[kResetH].defined(), needs_resets = has_resets && (needed(reset) || needed(reset + 1));
     std::vector<int64_t> needs = {needed(0), needed(1) || needed(2)};
     for (size_t i = 0; i < weight_count; ++i) needs.push_back(needed(kInputs + i));
+    if (has_resets) needs.push_back(needs_resets);
+    std::vector<double> rates = {0, 0};
+    if (const auto found = context->saved_data.find(kZoneoutRates); found != context->saved_data.end())
+      rates = found->second.toDoubleVector();
+    OptionalTensor options[kWeights - kBatchSizes], d_options[kOutputs + 1];
+    std::transform(kept.begin() + kBatchSizes, kept.begin() + kWeights, options, given);
+    std::transform(d_outputs.begin(), d_outputs.end(), d_options, given);
+    const auto option = [&](Kept which) -> const OptionalTensor& { return options[which - kBatchSizes]; };
     // With create_graph=True the gradients are functions that autograd can differentiate again: those of lstm_backward.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
-    auto [d_x, d_h_0, d_c_0, d_weights] = lstm_backward_operator().call(
-        given(d_outputs[0]), given(d_outputs[1]), given(d_outputs[2]), kept[kX], weights, kept[kH0], kept[kC0],
-        kept[kY], saved, given(kept[kBatchSizes]), given(kept[kLengths]), given(kept[kResetMask]),
-        given(kept[kDropoutMask]), structure[kNumLayers], structure[kBidirectional] != 0, structure[kHasBias] != 0,
-        structure[kReducedProducts] != 0, needs);
+    auto [d_x, d_h_0, d_c_0, d_weights, d_resets] = lstm_backward_operator(
+        {kept[kX], weights, kept[kH0], kept[kC0], option(kBatchSizes), option(kLengths), option(kResetMask),
+         option(kDropoutMask), structure[kNumLayers], structure[kBidirectional] != 0, structure[kHasBias] != 0,
+         structure[kReducedProducts] != 0, option(kResetH), option(kResetC), option(kRecurrentMask), option(kZoneoutH),
+         option(kZoneoutC), rates[0], rates[1]},
+        {d_options[0], d_options[1], d_options[2], d_options[3], kept[kY], saved, needs, 1});
     const auto put = [&](size_t input, Tensor& gradient) {
       if (needed(input)) gradients[input] = std::move(gradient);
     };
@@ -106,43 +142,54 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
     put(1, d_h_0);
     put(2, d_c_0);
     for (size_t i = 0; i < weight_count; ++i) put(kInputs + i, d_weights[i]);
+    if (needs_resets)
+      for (size_t i = 0; i < d_resets.size(); ++i) put(reset + i, d_resets[i]);
     return gradients;
   }
 };
 
-ForwardResult lstm_autograd(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                            const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                            const OptionalTensor& reset_mask, const OptionalTensor& dropout_mask, int64_t num_layers,
-                            bool bidirectional, bool has_bias, bool reduced_products, bool save) {
-  if (!needs_gradient(x, weights, h_0, c_0)) {
+ForwardResult lstm_autograd(const Call& call, const Wanted& wanted) {
+  if (!needs_gradient(call)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return lstm_operator().call(x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers,
-                                bidirectional, has_bias, reduced_products, save);
+    return lstm_operator(call, wanted);
   }
-  const Options options = {batch_sizes,   lengths,  reset_mask,       dropout_mask, num_layers,
-                           bidirectional, has_bias, reduced_products, save};
   std::vector<Tensor> saved;
-  auto outputs = LstmFunction::apply(x, h_0, c_0, weights, options, saved);
-  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2]), std::move(saved)};
+  auto outputs =
+      LstmFunction::apply(call.x, call.h_0, call.c_0, call.weights, call.reset_h, call.reset_c, call, wanted, saved);
+  std::vector<Tensor> cell_states(outputs.begin() + LstmFunction::kOutputs, outputs.end());
+  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2]), std::move(saved),
+          std::move(cell_states)};
+}
+
+template <class Function>
+c10::TypedOperatorHandle<Function> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
 }  // namespace
 
-bool needs_gradient(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0) {
+bool needs_gradient(const Call& c) {
+  const auto requires_grad = [](const Tensor& t) { return t.requires_grad(); };
   return c10::GradMode::is_enabled() &&
-         (x.requires_grad() || h_0.requires_grad() || c_0.requires_grad() ||
-          std::any_of(weights.begin(), weights.end(), [](const Tensor& w) { return w.requires_grad(); }));
+         (c.x.requires_grad() || c.h_0.requires_grad() || c.c_0.requires_grad() ||
+          std::any_of(c.weights.begin(), c.weights.end(), requires_grad) || (c.reset_h && c.reset_h->requires_grad()) ||
+          (c.reset_c && c.reset_c->requires_grad()));
 }
 
-const c10::TypedOperatorHandle<Forward>& lstm_operator() {
-  static const auto found = c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::lstm", "").typed<Forward>();
-  return found;
+ForwardResult lstm_operator(const Call& c, const Wanted& wanted) {
+  static const auto found = find<Forward>("fastlstm::lstm");
+  return found.call(c.x, c.weights, c.h_0, c.c_0, c.batch_sizes, c.lengths, c.reset_mask, c.dropout_mask, c.num_layers,
+                    c.bidirectional, c.has_bias, c.reduced_products, wanted.save, c.reset_h, c.reset_c,
+                    c.recurrent_mask, c.zoneout_h, c.zoneout_c, c.zoneout_rate_h, c.zoneout_rate_c, wanted.cell_layers,
+                    wanted.recompute);
 }
 
-const c10::TypedOperatorHandle<Backward>& lstm_backward_operator() {
-  static const auto found =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastlstm::lstm_backward", "").typed<Backward>();
-  return found;
+BackwardResult lstm_backward_operator(const Call& c, const BackwardCall& b) {
+  static const auto found = find<Backward>("fastlstm::lstm_backward");
+  return found.call(b.d_y, b.d_h_n, b.d_c_n, c.x, c.weights, c.h_0, c.c_0, b.y, b.saved, c.batch_sizes, c.lengths,
+                    c.reset_mask, c.dropout_mask, c.num_layers, c.bidirectional, c.has_bias, c.reduced_products,
+                    b.needs, b.d_cell_states, c.reset_h, c.reset_c, c.recurrent_mask, c.zoneout_h, c.zoneout_c,
+                    c.zoneout_rate_h, c.zoneout_rate_c, b.groups);
 }
 
 }  // namespace fastlstm
@@ -151,13 +198,17 @@ TORCH_LIBRARY(fastlstm, m) {
   m.def(
       "lstm(Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, "
-      "bool reduced_products, bool save) -> "
-      "(Tensor y, Tensor h_n, Tensor c_n, Tensor[] saved)");
+      "bool reduced_products, bool save, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? recurrent_mask=None, "
+      "Tensor? zoneout_h=None, Tensor? zoneout_c=None, float zoneout_rate_h=0, float zoneout_rate_c=0, "
+      "int cell_layers=0, bool recompute=False) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor[] saved, Tensor[] cell_states)");
   m.def(
       "lstm_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, "
       "Tensor y, Tensor[] saved, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? dropout_mask, "
-      "int num_layers, bool bidirectional, bool has_bias, bool reduced_products, int[] needs) -> "
-      "(Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights)");
+      "int num_layers, bool bidirectional, bool has_bias, bool reduced_products, int[] needs, "
+      "Tensor? d_cell_states=None, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? recurrent_mask=None, "
+      "Tensor? zoneout_h=None, Tensor? zoneout_c=None, float zoneout_rate_h=0, float zoneout_rate_c=0, int groups=1) "
+      "-> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights, Tensor[] d_resets)");
 }
 
-TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("lstm", fastlstm::lstm_autograd); }
+TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("lstm", fastlstm::forward_kernel<fastlstm::lstm_autograd>); }

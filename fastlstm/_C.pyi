@@ -39,8 +39,17 @@ def lstm(
     bidirectional: bool,
     has_bias: bool,
     reduced_products: bool,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    zoneout_rate_h: float,
+    zoneout_rate_c: float,
+    cell_layers: int,
+    recompute: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor] | None: ...
+) -> tuple[Tensor, ...] | None: ...
 def apply(function: str, isa: str, values: Any) -> None: ...
 def set_forced(
     plan: str | None,

@@ -1,51 +1,23 @@
-"""The registered operators: fakes, autocast and second derivatives around the compiled kernels.
+"""The operators as the package calls them: fakes, autocast and second derivatives around the compiled kernels.
 
-The only user of ``torch.ops.fastlstm``. ``functional.py`` calls :func:`lstm` with arguments in the operator's
-layout; the schemas stand in ``csrc/ops.cpp``. One call is a whole stack, so that a kernel may overlap
-directions and layers and ``torch.compile`` sees one node.
+``functional.py`` calls :func:`lstm` with arguments in the operator's layout. One call is a whole stack, so that a
+kernel may overlap directions and layers and ``torch.compile`` sees one node.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlstm import checks, reference
+from fastlstm import _operators, checks, transforms
+from fastlstm._operators import NO_EXTRAS, Extras, Options, reference_of_options
 
-_REBUILD = "build it again with: pip install --no-build-isolation --no-deps --force-reinstall <fastlstm's directory>"
-
-try:
-    from fastlstm import _C as _C  # importing it registers the operators
-except ImportError as error:
-    message = f"fastlstm's extension module does not load into torch {torch.__version__} ({error}); {_REBUILD}"
-    raise ImportError(message) from error
-# It uses torch's C++ interface, which changes with every minor version.
-if _C.torch_built.split(".")[:2] != torch.__version__.split(".")[:2]:
-    raise ImportError(
-        f"fastlstm was built against torch {_C.torch_built} and cannot run with torch {torch.__version__}; {_REBUILD}"
-    )
-
-_lstm = torch.ops.fastlstm.lstm.default
-_lstm_backward = torch.ops.fastlstm.lstm_backward.default
 _fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
-
-
-class Options(NamedTuple):
-    """What the operator takes beside x, weights, h_0 and c_0, in the order of its schema (``csrc/ops.cpp``)."""
-
-    batch_sizes: Tensor | None
-    lengths: Tensor | None
-    reset_mask: Tensor | None
-    dropout_mask: Tensor | None
-    num_layers: int
-    bidirectional: bool
-    has_bias: bool
-    reduced_products: bool
 
 
 def lstm(
@@ -60,10 +32,14 @@ def lstm(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    extras: Extras = NO_EXTRAS,
+) -> tuple[Tensor, ...]:
     """Run a stack; shapes as in :func:`fastlstm.reference.lstm`, or of a single step as in ``csrc/ops.cpp``.
 
     What backward needs is saved if and only if a gradient can be asked for, whatever mode a module is in.
+
+    Returns:
+        ``(y, h_n, c_n)``, and with ``extras.cell_layers`` the cell states of so many layers.
 
     Raises:
         RuntimeError: an argument does not fit; in the operator's words, or where no kernel runs those of
@@ -74,14 +50,15 @@ def lstm(
     options = (batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias, reduced)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            _check(x, weights, h_0, c_0, Options(*options))
-            return _reference(x, weights, h_0, c_0, Options(*options))
-        outputs = _C.lstm(x, list(weights), h_0, c_0, *options)
+            return _transformed(x, weights, h_0, c_0, Options(*options)._replace(extras=extras))
+        others: Any = (*options, *extras)
+        outputs = _operators._C.lstm(x, list(weights), h_0, c_0, *others)
         if outputs is not None:
             return outputs
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h_0, c_0, *weights))
-    y, h_n, c_n, _ = _lstm(x, weights, h_0, c_0, *options, save)
-    return y, h_n, c_n
+    variables = [x, h_0, c_0, *weights, *(t for t in (extras.reset_h, extras.reset_c) if t is not None)]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in variables)
+    y, h_n, c_n, _, cell_states = _operators.lstm(x, weights, h_0, c_0, *options, save, *extras)
+    return y, h_n, c_n, *cell_states
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -98,44 +75,36 @@ def reduced_products_permitted(device_type: str) -> bool:
     return device_type == "cuda" and _fp32_precision("cuda", "rnn") == "tf32"
 
 
-def _reference(
+def _transformed(
     x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator as differentiable PyTorch: what derivatives without a formula of their own are taken of."""
-    single_step = options.batch_sizes is None and h_0.dim() == 2
-    reset_mask = options.reset_mask
-    if single_step:
-        x, h_0, c_0 = x.unsqueeze(0), h_0.unsqueeze(0), c_0.unsqueeze(0)
-        reset_mask = reset_mask if reset_mask is None else reset_mask.unsqueeze(0)
-    y, h_n, c_n = reference.lstm(
-        x,
-        weights,
-        h_0,
-        c_0,
-        num_layers=options.num_layers,
-        bidirectional=options.bidirectional,
-        has_bias=options.has_bias,
-        batch_sizes=options.batch_sizes,
-        lengths=options.lengths,
-        reset_mask=reset_mask,
-        dropout_mask=options.dropout_mask,
-    )
-    return (y.squeeze(0), h_n.squeeze(0), c_n.squeeze(0)) if single_step else (y, h_n, c_n)
+) -> tuple[Tensor, ...]:
+    """The operator under transforms of torch.func and in forward mode."""
+    _check(x, weights, h_0, c_0, options)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights, h_0, c_0, options = _cast(dtype, x, weights, h_0, c_0, options)
+    with torch.autocast(x.device.type, enabled=False):
+        # Packed rows have no dimension of the batch, and numbers that are dual outside of torch.func cannot be nested.
+        if options.batch_sizes is not None or not torch._C._are_functorch_transforms_active():
+            return reference_of_options(x, weights, h_0, c_0, options)
+        return transforms.lstm(x, weights, h_0, c_0, options)
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options: Options) -> None:
     """What a kernel checks, where none runs; of values, those that can be read."""
-    if options.batch_sizes is None and h_0.dim() == 2:
+    single_step = options.batch_sizes is None and h_0.dim() == 2
+    if single_step:
         checks.check_lstm_cell(x, weights, h_0, c_0, options.has_bias)
     else:
-        checks.check_lstm(x, weights, h_0, c_0, *options[:-1])
+        checks.check_lstm(x, weights, h_0, c_0, *options[:-2])
+    if options.extras is not NO_EXTRAS:
+        checks.check_extras(x, h_0, c_0, options.reset_mask, options.num_layers, **options.extras._asdict())
 
 
 def _lstm_fake(
     x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    *options_, save = arguments
-    options = Options(*options_)
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    options, save = _parse(arguments)
     _check(x, weights, h_0, c_0, options)
     directions = 2 if options.bidirectional else 1
     width, hidden = directions * h_0.size(-1), c_0.size(-1)
@@ -145,11 +114,19 @@ def _lstm_fake(
         compute_dtype = torch.promote_types(x.dtype, torch.float32)
         dtype = x.dtype if x.device.type == "cuda" else compute_dtype
         saved = [
-            x.new_empty((states, rows, 4 * hidden), dtype=dtype),
+            x.new_empty((states, 0 if options.extras.recompute else rows, 4 * hidden), dtype=dtype),
             x.new_empty((states, rows, hidden), dtype=compute_dtype),
             x.new_empty((layers - 1, rows, width), dtype=dtype),
         ]
-    return x.new_empty(*x.shape[:-1], width), x.new_empty(h_0.shape), x.new_empty(c_0.shape), saved
+    returned = options.extras.cell_layers * directions
+    cell_states = [x.new_empty(returned, *x.shape[:-1], hidden)] if returned else []
+    return x.new_empty(*x.shape[:-1], width), x.new_empty(h_0.shape), x.new_empty(c_0.shape), saved, cell_states
+
+
+def _parse(arguments: Sequence[Any]) -> tuple[Options, bool]:
+    """The arguments of ``fastlstm::lstm`` behind c_0; defaults may be missing."""
+    count = len(Options._fields) - 1
+    return Options(*arguments[:count])._replace(extras=Extras(*arguments[count + 1 :])), arguments[count]
 
 
 def _lstm_backward_fake(
@@ -160,66 +137,71 @@ def _lstm_backward_fake(
     weights: list[Tensor],
     h_0: Tensor,
     c_0: Tensor,
+    y: Tensor,
+    saved: list[Tensor],
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    needs = arguments[-1]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    options, needs, _, groups = _parse_backward(arguments)
 
-    def gradient(tensor: Tensor, needed: int) -> Tensor:
-        return tensor.new_empty(tensor.shape if needed else (0,))
+    def gradient(tensor: Tensor, needed: int, *group: int) -> Tensor:
+        return tensor.new_empty((*group, *tensor.shape) if needed else (0,))
 
-    d_weights = [gradient(w, needed) for w, needed in zip(weights, needs[2:], strict=True)]
-    return gradient(x, needs[0]), gradient(h_0, needs[1]), gradient(c_0, needs[1]), d_weights
+    group = (groups,) if groups > 1 else ()
+    d_weights = [gradient(w, needed, *group) for w, needed in zip(weights, needs[2:], strict=False)]
+    d_resets = [gradient(t, needs[-1]) for t in (options.extras.reset_h, options.extras.reset_c) if t is not None]
+    return gradient(x, needs[0]), gradient(h_0, needs[1]), gradient(c_0, needs[1]), d_weights, d_resets
 
 
-def _lstm_backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+# The arguments of ``fastlstm::lstm_backward`` behind ``needs``, where they are not given.
+_BACKWARD_DEFAULTS: tuple[Any, ...] = (None, *NO_EXTRAS[:-2], 1)
+
+
+def _parse_backward(arguments: Sequence[Any]) -> tuple[Options, list[int], Tensor | None, int]:
+    """The arguments of ``fastlstm::lstm_backward`` behind ``saved``: options, needs, d_cell_states and groups."""
+    count = len(Options._fields) - 1
+    given = arguments[count + 1 :]
+    d_cell_states, *extras, groups = (*given, *_BACKWARD_DEFAULTS[len(given) :])
+    return Options(*arguments[:count])._replace(extras=Extras(*extras)), arguments[count], d_cell_states, groups
+
+
+def _lstm_backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The gradients as functions that can be differentiated again, which create_graph=True asks for."""
-    d_y, d_h_n, d_c_n, x, weights, h_0, c_0, _y, _saved, *options, needs = arguments
-    d_outputs, inputs = (d_y, d_h_n, d_c_n), (x, h_0, c_0, *weights)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*d_outputs, *inputs))):
+    d_y, d_h_n, d_c_n, x, weights, h_0, c_0, y, saved, *others = arguments
+    options, needs, d_cell_states, groups = _parse_backward(others)
+    d_outputs = (d_y, d_h_n, d_c_n, d_cell_states)
+    resets = (options.extras.reset_h, options.extras.reset_c)
+    if not (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (*d_outputs, x, h_0, c_0, *weights, *resets))
+    ):
         with torch._C._AutoDispatchBelowAutograd():
-            result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _lstm_backward(*arguments)
+            result: tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]] = _operators.lstm_backward(*arguments)
             return result
-    gradients = _differentiable_backward(d_outputs, inputs, Options(*options))
-    needed = [needs[0], needs[1], needs[1], *needs[2:]]
-    d_x, d_h_0, d_c_0, *d_weights = (d if n else d.new_empty(0) for d, n in zip(gradients, needed, strict=True))
-    return d_x, d_h_0, d_c_0, d_weights
+    return transforms.lstm_backward(d_outputs, x, weights, h_0, c_0, y, saved, options, needs, groups)
 
 
-def _differentiable_backward(
-    d_outputs: tuple[Tensor | None, ...], inputs: Sequence[Tensor], options: Options
-) -> list[Tensor]:
-    """The gradients as a function that autograd can differentiate again: the reference, run anew."""
-    # Aliases, so that the inner gradient stops at this operator's inputs instead of walking on into their history.
-    x, h_0, c_0, *weights = inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    outputs = _reference(x, weights, h_0, c_0, options)
-    given = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
-    return list(
-        torch.autograd.grad(
-            [out for out, _ in given],
-            inputs,
-            [d for _, d in given],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
+def _cast(
+    dtype: torch.dtype, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options: Options
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Options]:
+    """Everything in the low precision of autocast that autocast would cast."""
+
+    def cast(value: Any) -> Any:
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+
+    extras = Extras(*map(cast, options.extras))
+    options = Options(*map(cast, options[:-1]))._replace(extras=extras)
+    return cast(x), [cast(w) for w in weights], cast(h_0), cast(c_0), options
 
 
 def _autocast_kernel(device_type: str, exclude: torch._C.DispatchKeySet) -> Callable[..., Any]:
     """Under autocast the operator computes in, and returns, the low precision, as nn.LSTM does."""
 
     def kernel(x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor, *arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        *options_, save = arguments
-        options = Options(*options_)
-
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-        if options.dropout_mask is not None:
-            options = options._replace(dropout_mask=cast(options.dropout_mask))
+        options, save = _parse(arguments)
+        x, weights, h_0, c_0, options = _cast(torch.get_autocast_dtype(device_type), x, weights, h_0, c_0, options)
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return _lstm(cast(x), [cast(w) for w in weights], cast(h_0), cast(c_0), *options, save)
+            return _operators.lstm(x, weights, h_0, c_0, *options.of_forward(save))
 
     return kernel
 

@@ -81,6 +81,65 @@ def check_lstm(
         _check_weights(x, weights[k * count : (k + 1) * count], width, hidden_size, out_size, has_bias)
 
 
+def check_extras(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    reset_mask: Tensor | None,
+    num_layers: int,
+    *,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    zoneout_rate_h: float,
+    zoneout_rate_c: float,
+    cell_layers: int,
+    recompute: bool,
+) -> None:
+    """Raise RuntimeError for the first of the operator's rarer arguments that does not fit the ones before."""
+    if (reset_h is None) != (reset_c is None) or (reset_h is not None and reset_mask is None):
+        raise RuntimeError("reset_h and reset_c must be given together and with reset_mask")
+    for name, factor, state in (
+        ("reset_hx[0]", reset_h, h_0),
+        ("reset_hx[1]", reset_c, c_0),
+        ("recurrent_mask", recurrent_mask, h_0),
+    ):
+        if factor is not None and (factor.shape != state.shape or factor.dtype != state.dtype):
+            raise RuntimeError(
+                f"{name} must have the shape and dtype of hx, {list(state.shape)} {state.dtype}, "
+                f"got {list(factor.shape)} {factor.dtype}"
+            )
+    states = h_0.size(0) if h_0.dim() == 3 else 1
+    for name, mask, rate, features in (
+        ("zoneout_h", zoneout_h, zoneout_rate_h, h_0.size(-1)),
+        ("zoneout_c", zoneout_c, zoneout_rate_c, c_0.size(-1)),
+    ):
+        shape = (states, *x.shape[:-1], features)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape or rate != 0):
+            raise RuntimeError(
+                f"{name} must be a bool tensor of shape {list(shape)} without a rate, "
+                f"got {mask.dtype} {list(mask.shape)} and {rate}"
+            )
+        if not 0 <= rate <= 1:
+            raise RuntimeError(f"the rate of {name} must be in [0, 1], got {rate}")
+    if not 0 <= cell_layers <= num_layers:
+        raise RuntimeError(f"cell_layers must be in [0, num_layers] = [0, {num_layers}], got {cell_layers}")
+    others = {"reset_hx": reset_h, "recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+    _check_devices(x, (), h_0, c_0, **others)
+
+
+def check_regularisers(weight_dropout: float, recurrent_dropout: float, zoneout: tuple[float, float]) -> None:
+    """Raise ValueError unless all of them are probabilities, and those of zoneout a pair."""
+    if not isinstance(zoneout, tuple) or len(zoneout) != 2:
+        raise ValueError(f"zoneout must be a pair (z_h, z_c) of probabilities, got {zoneout!r}")
+    named = (("weight_dropout", weight_dropout), ("recurrent_dropout", recurrent_dropout))
+    for name, p in (*named, ("zoneout", zoneout[0]), ("zoneout", zoneout[1])):
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1], got {p!r}")
+
+
 def check_lstm_cell(x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, has_bias: bool) -> None:
     """Raise for the first argument of a single step that does not fit.
 

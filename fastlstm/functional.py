@@ -10,14 +10,64 @@ time for checking everything twice. (``torch.compile`` traces the checks: there 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout as dropout_elements
 
 from fastlstm import _ops, checks
+from fastlstm._operators import NO_EXTRAS, Extras
 
 State = tuple[Tensor, Tensor]
+
+
+@overload
+def lstm(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: State | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_hx: State | None = None,
+    weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    return_cell_states: Literal[False] = False,
+    recompute: bool = False,
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def lstm(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: State | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_hx: State | None = None,
+    weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    return_cell_states: Literal[True, "all"],
+    recompute: bool = False,
+) -> tuple[Tensor, State, Tensor]: ...
 
 
 def lstm(
@@ -34,7 +84,13 @@ def lstm(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
-) -> tuple[Tensor, State]:
+    reset_hx: State | None = None,
+    weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    return_cell_states: bool | Literal["all"] = False,
+    recompute: bool = False,
+) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
     """Run a stack of L = ``num_layers`` LSTM layers in D directions over a sequence.
 
     The equations are those of :func:`fastlstm.reference.lstm_cell`. H is the hidden size, P the size of the
@@ -67,15 +123,30 @@ def lstm(
             ``[B, T]``, ...): where true, both states are zero *before* that step, as at the first step of an
             episode. The mask cuts a sequence into pieces, so the reverse direction begins anew too: at the
             last step of each piece.
+        reset_hx: the states that ``reset_mask`` sets in place of zeros, shaped like ``hx``; differentiable. A learned
+            initial state is ``hx`` of the first call and ``reset_hx`` of all.
+        weight_dropout: probability p of zeroing an element of each w_hh, for the whole call; the rest is scaled by
+            1 / (1 - p) (DropConnect as in Merity, Keskar and Socher, "Regularizing and Optimizing LSTM Language
+            Models", ICLR 2018). In training only, as are the next two.
+        recurrent_dropout: probability p of zeroing an element of h as w_hh multiplies it, the same elements at each
+            step of a sequence; the rest is scaled by 1 / (1 - p) (Gal and Ghahramani, "A Theoretically Grounded
+            Application of Dropout in Recurrent Neural Networks", NIPS 2016).
+        zoneout: probabilities (z_h, z_c) with which an element of h and of c keeps the value of the step before
+            (Krueger et al., "Zoneout", ICLR 2017). Out of training both are the weights of an average of the two
+            values, as the paper has it.
+        return_cell_states: whether to return c of each step: of the last layer, or with "all" of each layer.
+        recompute: whether the backward pass computes the gates again instead of keeping them: it keeps about a third
+            of the memory and takes one product more.
 
     Returns:
         ``(output, (h_n, c_n))``: the output shaped like the input with D * Hout features, the final states
-        shaped like ``hx``.
+        shaped like ``hx``. With ``return_cell_states`` also the cell states, shaped like the input with D * H
+        features, for "all" with a first dimension of L.
 
     Raises:
         ValueError: ``input`` is neither 2-D nor 3-D, or its dtype is not that of the weights, or the number
-            of weights does not fit ``num_layers``, ``bidirectional`` and ``bias``, or ``dropout`` is not in
-            [0, 1].
+            of weights does not fit ``num_layers``, ``bidirectional`` and ``bias``, or a probability is not in
+            [0, 1], or ``return_cell_states`` is neither a bool nor "all".
         RuntimeError: a size, dtype or device does not fit, or T = 0.
         NotImplementedError: there is no kernel for the device of the input.
     """
@@ -111,20 +182,38 @@ def lstm(
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
     structure = (num_layers, bidirectional, bias)
     draw = bool(dropout) and training and num_layers > 1
-    if draw or torch.compiler.is_compiling():
+    regularised = bool(weight_dropout or recurrent_dropout) or zoneout != (0.0, 0.0)
+    extras = NO_EXTRAS
+    if regularised or reset_hx is not None or return_cell_states or recompute:
+        extras = _extras(num_layers, reset_hx, unbatched, return_cell_states, recompute)
+        checks.check_regularisers(weight_dropout, recurrent_dropout, zoneout)
+    if draw or (regularised and training) or torch.compiler.is_compiling():
         # Before the draw: a call that fails leaves the generator as it was.
-        _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, None, *structure)
+        _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, None, *structure, extras)
     mask = _draw_dropout_mask(x, dropout, num_layers - 1, (1 + bidirectional) * h_0.size(-1)) if draw else None
+    if regularised:
+        weights = _drop_weights(weights, weight_dropout, h_0.size(-1) != c_0.size(-1), bias) if training else weights
+        extras = _regularisers(extras, x, h_0, c_0, recurrent_dropout, zoneout, training)
 
-    arguments = (x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, mask, *structure)
+    arguments = (x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, mask, *structure, extras)
     try:
-        y, h_n, c_n = _ops.lstm(*arguments)
+        y, h_n, c_n, *cell_states = _ops.lstm(*arguments)
     except RuntimeError as error:
         raise _explained(error, x, _check, input, *arguments) from None
 
     if unbatched:
-        return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-    return (y.transpose(0, 1) if batch_first and batch_sizes is None else y), (h_n, c_n)
+        y, h_n, c_n = y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
+    elif batch_first and batch_sizes is None:
+        y = y.transpose(0, 1)
+    if not cell_states:
+        return y, (h_n, c_n)
+    cells = cell_states[0]
+    cells = torch.cat([cells[0::2], cells[1::2]], dim=-1) if bidirectional else cells
+    if unbatched:
+        cells = cells.squeeze(2)
+    elif batch_first and batch_sizes is None:
+        cells = cells.transpose(1, 2)
+    return y, (h_n, c_n), (cells if return_cell_states == "all" else cells.squeeze(0))
 
 
 def lstm_cell(
@@ -216,11 +305,62 @@ def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tenso
     return mask.div_(1 - p)
 
 
+def _extras(
+    num_layers: int,
+    reset_hx: State | None,
+    unbatched: bool,
+    return_cell_states: bool | str,
+    recompute: bool,
+) -> Extras:
+    """Those of the operator that are no regularisers."""
+    if return_cell_states not in (True, False, "all"):
+        raise ValueError(f'return_cell_states must be True, False or "all", got {return_cell_states!r}')
+    reset_h, reset_c = None, None
+    if reset_hx is not None:
+        if len(reset_hx) != 2:
+            raise RuntimeError("reset_hx must hold two states, like hx")
+        reset_h, reset_c = (state.unsqueeze(1) for state in reset_hx) if unbatched else reset_hx
+    cell_layers = num_layers if return_cell_states == "all" else int(return_cell_states)
+    return Extras(reset_h=reset_h, reset_c=reset_c, cell_layers=cell_layers, recompute=recompute)
+
+
+def _drop_weights(weights: Sequence[Tensor], p: float, projected: bool, bias: bool) -> list[Tensor]:
+    """The weights, each w_hh with elements dropped."""
+    count = 2 + 2 * bias + projected
+    return [dropout_elements(w, p) if p and i % count == 1 else w for i, w in enumerate(weights)]
+
+
+def _regularisers(
+    extras: Extras,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    recurrent_dropout: float,
+    zoneout: tuple[float, float],
+    training: bool,
+) -> Extras:
+    """With the masks drawn that apply to a call in training, or the averages that do to others."""
+    if not training:
+        return extras._replace(zoneout_rate_h=float(zoneout[0]), zoneout_rate_c=float(zoneout[1]))
+    if recurrent_dropout:
+        extras = extras._replace(recurrent_mask=dropout_elements(torch.ones_like(h_0), recurrent_dropout))
+
+    def draw(state: Tensor, p: float) -> Tensor | None:
+        shape = (state.size(0), *x.shape[:-1], state.size(-1))
+        return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(p) if p else None
+
+    return extras._replace(zoneout_h=draw(h_0, zoneout[0]), zoneout_c=draw(c_0, zoneout[1]))
+
+
 def _check(input: Tensor, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, *options: Any) -> None:
     """Raise for what is wrong with the arguments of :func:`lstm`, if anything is; ``input`` is the caller's."""
     if input.dim() == 3:  # the states of unbatched input have been checked, and have a dimension more than they had
         _check_state_rank(input, h_0, c_0)
-    checks.check_lstm(x, weights, h_0, c_0, *options)
+    *plain, extras = options
+    checks.check_lstm(x, weights, h_0, c_0, *plain)
+    if extras is not NO_EXTRAS:
+        _, _, reset_mask, _, num_layers, *_ = plain
+        checks.check_extras(x, h_0, c_0, reset_mask, num_layers, **extras._asdict())
 
 
 def _check_cell(hx: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, bias: bool) -> None:

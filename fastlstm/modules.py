@@ -9,13 +9,13 @@ model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import functional
+from fastlstm import checks, functional
 from fastlstm.functional import State
 
 _Module = TypeVar("_Module", bound=nn.RNNBase | nn.RNNCellBase)
@@ -47,6 +47,13 @@ class FastLSTM(nn.RNNBase):
         proj_size: P < H, the size of the projected output (LSTMP), or 0 for none.
         device: of the parameters.
         dtype: of the parameters: fp32, fp64, bf16 or fp16.
+        weight_dropout: probability of zeroing an element of the recurrent weights in a training call.
+        recurrent_dropout: probability of zeroing an element of h, as the recurrent weights multiply it, in a training
+            sequence.
+        zoneout: probabilities (z_h, z_c) of an element of h and of c to keep its value in a training step.
+        recompute: whether the backward pass computes the gates again instead of keeping them.
+
+    For the last four see :func:`fastlstm.lstm`; like ``dropout`` they may be changed after construction.
 
     Attributes:
         weight_ih_l{k}: ``[4H, I]``, for k > 0 ``[4H, D * Hout]``; gates in the order i, f, g, o.
@@ -60,8 +67,14 @@ class FastLSTM(nn.RNNBase):
     Raises:
         TypeError: ``input_size`` or ``hidden_size`` is not an int, or ``bias`` or ``batch_first`` is not a
             bool.
-        ValueError: a size is not positive, ``dropout`` is not in [0, 1] or ``proj_size`` is not in [0, H).
+        ValueError: a size is not positive, a probability is not in [0, 1] or ``proj_size`` is not in [0, H).
     """
+
+    # Of a module that has been something else: an nn.LSTM, or pickled before there were these.
+    weight_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    recompute: bool = False
 
     def __init__(
         self,
@@ -75,7 +88,13 @@ class FastLSTM(nn.RNNBase):
         proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: tuple[float, float] = (0.0, 0.0),
+        recompute: bool = False,
     ) -> None:
+        checks.check_regularisers(weight_dropout, recurrent_dropout, zoneout)
         super().__init__(
             "LSTM",
             input_size,
@@ -89,6 +108,10 @@ class FastLSTM(nn.RNNBase):
             device=device,
             dtype=dtype,
         )
+        self.weight_dropout = weight_dropout
+        self.recurrent_dropout = recurrent_dropout
+        self.zoneout = zoneout
+        self.recompute = recompute
 
     @overload
     def forward(
@@ -98,12 +121,43 @@ class FastLSTM(nn.RNNBase):
         *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
+        reset_hx: State | None = None,
+        return_cell_states: Literal[False] = False,
     ) -> tuple[Tensor, State]: ...
 
     @overload
     def forward(
-        self, input: PackedSequence, hx: State | None = None, *, reset_mask: PackedSequence | None = None
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_hx: State | None = None,
+        return_cell_states: Literal[True, "all"],
+    ) -> tuple[Tensor, State, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        reset_mask: PackedSequence | None = None,
+        reset_hx: State | None = None,
+        return_cell_states: Literal[False] = False,
     ) -> tuple[PackedSequence, State]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        reset_mask: PackedSequence | None = None,
+        reset_hx: State | None = None,
+        return_cell_states: Literal[True, "all"],
+    ) -> tuple[PackedSequence, State, PackedSequence | Tensor]: ...
 
     def forward(
         self,
@@ -112,7 +166,9 @@ class FastLSTM(nn.RNNBase):
         *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | PackedSequence | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+        reset_hx: State | None = None,
+        return_cell_states: bool | Literal["all"] = False,
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, Tensor | PackedSequence]:
         """Run the stack over a batch of sequences, one sequence or a PackedSequence.
 
         Args:
@@ -124,10 +180,13 @@ class FastLSTM(nn.RNNBase):
                 no steps allowed.
             reset_mask: bool, shaped like the input without its features, packed like it where it is packed:
                 where true, both states are zero before that step; see :func:`fastlstm.lstm`.
+            reset_hx: the states that ``reset_mask`` sets in place of zeros, shaped and ordered like ``hx``.
+            return_cell_states: whether to return c of each step: of the last layer, or with "all" of each layer.
 
         Returns:
             ``(output, (h_n, c_n))``: the output like the input with D * Hout features, the states like
-            ``hx``.
+            ``hx``. With ``return_cell_states`` also the cell states, like the input with D * H features; for "all" a
+            tensor with a first dimension of L, which holds packed rows where the input is packed.
 
         Raises:
             ValueError, RuntimeError, NotImplementedError: as :func:`fastlstm.lstm`.
@@ -136,9 +195,22 @@ class FastLSTM(nn.RNNBase):
         """
         weights = _weights(self, self._flat_weights_names)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, weights, hx, lengths, reset_mask)
+            return self._forward_packed(input, weights, hx, lengths, reset_mask, reset_hx, return_cell_states)
         if isinstance(reset_mask, PackedSequence):
             raise TypeError("reset_mask must be a tensor like the input, got a PackedSequence")
+        outputs: tuple[Tensor, State] | tuple[Tensor, State, Tensor] = self._run(
+            input,
+            weights,
+            hx,
+            batch_first=self.batch_first,
+            lengths=lengths,
+            reset_mask=reset_mask,
+            reset_hx=reset_hx,
+            return_cell_states=return_cell_states,
+        )
+        return outputs
+
+    def _run(self, input: Tensor, weights: list[Tensor], hx: State | None, **arguments: Any) -> Any:
         return functional.lstm(
             input,
             weights,
@@ -146,11 +218,13 @@ class FastLSTM(nn.RNNBase):
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             bias=self.bias,
-            batch_first=self.batch_first,
             dropout=self.dropout,
             training=self.training,
-            lengths=lengths,
-            reset_mask=reset_mask,
+            weight_dropout=self.weight_dropout,
+            recurrent_dropout=self.recurrent_dropout,
+            zoneout=self.zoneout,
+            recompute=self.recompute,
+            **arguments,
         )
 
     def _forward_packed(
@@ -160,7 +234,9 @@ class FastLSTM(nn.RNNBase):
         hx: State | None,
         lengths: Tensor | None,
         reset_mask: Tensor | PackedSequence | None,
-    ) -> tuple[PackedSequence, State]:
+        reset_hx: State | None,
+        return_cell_states: bool | Literal["all"],
+    ) -> tuple[PackedSequence, State] | tuple[PackedSequence, State, PackedSequence | Tensor]:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
         if isinstance(reset_mask, Tensor):
             raise TypeError("reset_mask must be a PackedSequence like the input, got a Tensor")
@@ -168,21 +244,30 @@ class FastLSTM(nn.RNNBase):
             _equal(reset_mask.batch_sizes, batch_sizes) and _equal(reset_mask.sorted_indices, sorted_indices)
         ):
             raise ValueError("reset_mask must be packed like the input, with the same lengths in the same order")
-        output, states = functional.lstm(
+        output, states, *cells = self._run(
             rows,
             weights,
             hx if hx is None else self.permute_hidden(hx, sorted_indices),
-            num_layers=self.num_layers,
-            bidirectional=self.bidirectional,
-            bias=self.bias,
-            dropout=self.dropout,
-            training=self.training,
             batch_sizes=batch_sizes,
             lengths=lengths,
             reset_mask=None if reset_mask is None else reset_mask.data,
+            reset_hx=reset_hx if reset_hx is None else self.permute_hidden(reset_hx, sorted_indices),
+            return_cell_states=return_cell_states,
         )
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden(states, unsorted_indices)
+
+        def packed(rows: Tensor) -> PackedSequence:
+            return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
+
+        states = self.permute_hidden(states, unsorted_indices)
+        if not cells:
+            return packed(output), states
+        return packed(output), states, (cells[0] if return_cell_states == "all" else packed(cells[0]))
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults, nn.LSTM's before ours."""
+        ours = ("weight_dropout", "recurrent_dropout", "zoneout", "recompute")
+        given = [f"{name}={getattr(self, name)}" for name in ours if getattr(self, name) != getattr(FastLSTM, name)]
+        return ", ".join([super().extra_repr(), *given])
 
     def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
         """Both states with their batch dimension in the order of ``permutation`` (None: as they are)."""
@@ -211,7 +296,11 @@ class FastLSTM(nn.RNNBase):
 
         Raises:
             TypeError: this is a subclass of FastLSTM or has weights that are not Parameters.
+            ValueError: it has a regulariser that nn.LSTM does not have.
         """
+        for name, none in (("weight_dropout", 0), ("recurrent_dropout", 0), ("zoneout", (0, 0))):
+            if getattr(self, name) != none:
+                raise ValueError(f"nn.LSTM has no {name}; set it to {none} first, it is {getattr(self, name)}")
         return _with_parameters_of(self, FastLSTM, nn.LSTM)
 
     # nn.RNNBase keeps the weights in a second place, a list, for the flat buffer of cuDNN. Here the list is

@@ -6,7 +6,9 @@ where a kernel has no formula of its own (double backward). Speed is no concern 
 Sources: S. Hochreiter and J. Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8), 1997 (the cell);
 F. Gers, J. Schmidhuber and F. Cummins, "Learning to Forget", Neural Computation 12(10), 2000 (the forget
 gate); H. Sak, A. Senior and F. Beaufays, "Long Short-Term Memory Recurrent Neural Network Architectures for
-Large Scale Acoustic Modeling", Interspeech 2014 (the projected output, LSTMP).
+Large Scale Acoustic Modeling", Interspeech 2014 (the projected output, LSTMP); Y. Gal and Z. Ghahramani, "A
+Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NIPS 2016 (recurrent dropout);
+D. Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations", ICLR 2017.
 """
 
 from __future__ import annotations
@@ -70,7 +72,12 @@ def lstm(
     num_layers: int = 1,
     bidirectional: bool = False,
     has_bias: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+    reset_states: tuple[Tensor, Tensor] | None = None,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | float = 0.0,
+    zoneout_c: Tensor | float = 0.0,
+    cell_layers: int = 0,
+) -> tuple[Tensor, ...]:
     """A whole stack of L layers in D directions; ``Hout`` is P with a projection and H without.
 
     fp16 and bf16 arguments are computed in fp32 and only the results are rounded.
@@ -87,16 +94,24 @@ def lstm(
             running, and the output there is zero.
         reset_mask: bool ``[T, B]`` (packed: ``[N]``): cuts the sequence before the steps it marks. Where a
             direction enters a new piece (the first direction at a marked step, the second at the step before
-            it), its states are zero.
+            it), its states are zero, or ``reset_states``.
         dropout_mask: multipliers ``[L - 1, T, B, D * Hout]`` (packed: ``[L - 1, N, D * Hout]``), already
             scaled by 1 / (1 - p), on the output of every layer but the last as the next layer sees it.
         num_layers: L.
         bidirectional: True for D = 2; the second direction runs from each sequence's last step to its first.
         has_bias: whether ``weights`` holds biases.
+        reset_states: shaped like ``(h_0, c_0)``.
+        recurrent_mask: factors ``[L * D, B, Hout]`` on h as W_hh multiplies it, the same at each step (Gal and
+            Ghahramani 2016).
+        zoneout_h: the part z of h' that keeps the value of the step before, h'' = z h + (1 - z) h' (Krueger et al.
+            2017): bool ``[L * D, T, B, Hout]`` (packed: ``[L * D, N, Hout]``), or one number for all.
+        zoneout_c: the same of c', ``[L * D, T, B, H]``; h' comes from c', not from what zoneout makes of it.
+        cell_layers: the number of layers, the highest of the stack, whose cell states are returned.
 
     Returns:
         ``(y, h_n, c_n)``: y shaped like x with D * Hout features, the final states shaped like ``h_0`` and
-        ``c_0``.
+        ``c_0``; with ``cell_layers`` also the cell states ``[cell_layers * D, T, B, H]`` (packed: ``N`` for T, B),
+        zero where a sequence is not running.
     """
     directions = 2 if bidirectional else 1
     projected = h_0.size(-1) != c_0.size(-1)
@@ -108,7 +123,7 @@ def lstm(
         running = torch.arange(x.size(0), device=x.device).unsqueeze(1) < lengths
         x = torch.where(running.unsqueeze(2), x, 0)
     layer_input = x.flatten(0, -2).to(dtype)
-    final_h, final_c = [], []
+    final_h, final_c, cell_states = [], [], []
     for layer in range(num_layers):
         steps = torch.split(layer_input, sizes)
         outputs = []
@@ -117,33 +132,56 @@ def lstm(
             w_ih, w_hh, w_hr = w[0], w[1], w[-1] if projected else None
             b_ih, b_hh = w[2:4] if has_bias else (None, None)
             h, c = h_0[k].to(dtype), c_0[k].to(dtype)
-            y = list(steps)
+            reset = None if reset_states is None else [state[k].to(dtype) for state in reset_states]
+            kept_h, kept_c = (_steps_of(z, k, sizes, dtype) for z in (zoneout_h, zoneout_c))
+            y, cells = list(steps), list(steps)
             reverse = k % directions == 1
             for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
                 h_t, c_t = h[: sizes[t]], c[: sizes[t]]
                 entered = t + 1 if reverse else t
                 if masks is not None and entered < len(sizes):
                     marks = masks[entered] if lengths is None else masks[entered] & (lengths > entered)
-                    h_t, c_t = _masked(h_t, marks), _masked(c_t, marks)
-                h_1, c_1 = lstm_cell(steps[t], h_t, c_t, w_ih, w_hh, b_ih, b_hh, w_hr)
-                y[t] = h_1
+                    h_t, c_t = (_reset(s, marks, r) for s, r in zip((h_t, c_t), reset or (None, None), strict=True))
+                read = h_t if recurrent_mask is None else h_t * recurrent_mask[k][: sizes[t]].to(dtype)
+                h_1, c_1 = lstm_cell(steps[t], read, c_t, w_ih, w_hh, b_ih, b_hh, w_hr)
+                h_1, c_1 = _zoned(kept_h[t], h_t, h_1), _zoned(kept_c[t], c_t, c_1)
+                y[t], cells[t] = h_1, c_1
                 if lengths is not None:
                     running = (lengths > t).unsqueeze(1)
-                    y[t] = torch.where(running, h_1, 0)
+                    y[t], cells[t] = torch.where(running, h_1, 0), torch.where(running, c_1, 0)
                     h_1, c_1 = torch.where(running, h_1, h), torch.where(running, c_1, c)
                 # The other rows have ended already (forward) or have not begun yet (reverse).
                 h, c = torch.cat([h_1, h[sizes[t] :]]), torch.cat([c_1, c[sizes[t] :]])
             outputs.append(torch.cat(y))
+            cell_states.append(torch.cat(cells))
             final_h.append(h)
             final_c.append(c)
         layer_input = torch.cat(outputs, dim=1)
         if dropout_mask is not None and layer < num_layers - 1:
             layer_input = layer_input * dropout_mask[layer].flatten(0, -2).to(dtype)
     y_all = layer_input.reshape(*x.shape[:-1], layer_input.size(1))
-    return y_all.to(x.dtype), torch.stack(final_h).to(x.dtype), torch.stack(final_c).to(x.dtype)
+    results = [y_all, torch.stack(final_h), torch.stack(final_c)]
+    if cell_layers:
+        of_all = torch.stack(cell_states[-cell_layers * directions :])
+        results.append(of_all.reshape(of_all.size(0), *x.shape[:-1], of_all.size(2)))
+    return tuple(result.to(x.dtype) for result in results)
 
 
-def _masked(state: Tensor, marks: Tensor) -> Tensor:
-    """``state`` with the first rows zeroed where ``marks`` is true; a mask may be of fewer rows than the state."""
+def _reset(state: Tensor, marks: Tensor, reset: Tensor | None) -> Tensor:
+    """``state`` with the rows that are marked set to those of ``reset``, or to zero; marks may be of fewer rows."""
     rows = marks.size(0)
-    return torch.cat([torch.where(marks.unsqueeze(1), 0, state[:rows]), state[rows:]])
+    value: Tensor | int = 0 if reset is None else reset[:rows]
+    return torch.cat([torch.where(marks.unsqueeze(1), value, state[:rows]), state[rows:]])
+
+
+def _steps_of(zoneout: Tensor | float, k: int, sizes: list[int], dtype: torch.dtype) -> Sequence[Tensor | float]:
+    """What zoneout keeps of state k, for each step: of its rows, or one number."""
+    if not isinstance(zoneout, Tensor):
+        return [zoneout] * len(sizes)
+    return torch.split(zoneout[k].flatten(0, -2).to(dtype), sizes)
+
+
+def _zoned(kept: Tensor | float, before: Tensor, now: Tensor) -> Tensor:
+    if not isinstance(kept, Tensor) and kept == 0:
+        return now
+    return kept * before + (1 - kept) * now

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastlstm import _C, FastLSTM, _ops
+from fastlstm._operators import NO_EXTRAS
 
 OPERATOR = torch.ops.fastlstm.lstm.default
 
@@ -27,34 +28,45 @@ def arguments() -> list[Any]:
     return [torch.randn(3, 2, 5), weights, *states, None, None, None, None, 1, False, True, False]
 
 
+@pytest.fixture
+def all_arguments(arguments: list[Any]) -> list[Any]:
+    """With those that are rarely given."""
+    return [*arguments, *NO_EXTRAS]
+
+
 def assert_same(outputs: Any, expected: Any) -> None:
     for output, right in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, right, rtol=0, atol=0)
 
 
-def test_it_returns_what_torch_ops_returns(arguments: list[Any]) -> None:
-    assert_same(_C.lstm(*arguments), OPERATOR(*arguments, False)[:3])
+def test_it_returns_what_torch_ops_returns(arguments: list[Any], all_arguments: list[Any]) -> None:
+    assert_same(_C.lstm(*all_arguments), OPERATOR(*arguments, False)[:3])
+    *_, expected = OPERATOR(*arguments, False, cell_layers=1)
+    assert_same(_C.lstm(*arguments, *NO_EXTRAS._replace(cell_layers=1))[3:], expected)
     with torch.inference_mode():
-        outputs = _C.lstm(*arguments)
+        outputs = _C.lstm(*all_arguments)
         assert outputs is not None and all(output.is_inference() for output in outputs)
 
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, None), (0, [[1.0]]), (1, ()), (1, [None] * 4), (4, 3), (8, 1.0), (8, True), (9, 0), (11, None)],
-)
-def test_it_leaves_other_types_to_torch_ops(arguments: list[Any], position: int, value: Any) -> None:
-    arguments[position] = value
-    assert _C.lstm(*arguments) is None
+    [
+        (0, None), (0, [[1.0]]), (1, ()), (1, [None] * 4), (4, 3), (8, 1.0), (8, True), (9, 0), (11, None),
+        (12, 3), (16, False), (17, 0), (18, None), (19, 1.0), (20, 1),
+    ],
+)  # fmt: skip
+def test_it_leaves_other_types_to_torch_ops(all_arguments: list[Any], position: int, value: Any) -> None:
+    all_arguments[position] = value
+    assert _C.lstm(*all_arguments) is None
 
 
-def test_it_refuses_another_number_of_arguments(arguments: list[Any]) -> None:
-    with pytest.raises(RuntimeError, match="takes 12 arguments, got 11"):
-        _C.lstm(*arguments[:-1])
+def test_it_refuses_another_number_of_arguments(all_arguments: list[Any]) -> None:
+    with pytest.raises(RuntimeError, match="takes 21 arguments, got 20"):
+        _C.lstm(*all_arguments[:-1])
     with pytest.raises(RuntimeError, match=re.escape("num_layers must be positive")):
-        _C.lstm(*arguments[:8], -(2**63), *arguments[9:])
+        _C.lstm(*all_arguments[:8], -(2**63), *all_arguments[9:])
     with pytest.raises(OverflowError):
-        _C.lstm(*arguments[:8], 2**70, *arguments[9:])
+        _C.lstm(*all_arguments[:8], 2**70, *all_arguments[9:])
 
 
 class Subclass(Tensor):
@@ -155,8 +167,8 @@ def test_the_gradient_alone_can_be_differentiated(arguments: list[Any]) -> None:
     needs = [1, 0, 1, 0, 0, 0]
 
     def gradient(d_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, _, _, saved = OPERATOR(x, weights, h_0, c_0, *options, True)
-        d_x, d_h_0, d_c_0, d_weights = torch.ops.fastlstm.lstm_backward(
+        y, _, _, saved, _ = OPERATOR(x, weights, h_0, c_0, *options, True)
+        d_x, d_h_0, d_c_0, d_weights, _ = torch.ops.fastlstm.lstm_backward(
             d_y, None, None, x, weights, h_0, c_0, y.detach(), saved, *options, needs
         )
         assert [t.numel() for t in (d_h_0, d_c_0, *d_weights[1:])] == [0] * 5

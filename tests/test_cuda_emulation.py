@@ -98,7 +98,7 @@ def test_tf32_is_rounded(family: str) -> None:
     inputs.weights[2][g_of_unit_0] = -1
     emulated.device()
     with emulated.force(family):
-        *_, saved = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+        *_, saved, _ = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
     assert saved[0][0, 0, g_of_unit_0].item() == pytest.approx((1 + 2**-10) ** 2 - 1, rel=1e-3)
 
 
@@ -262,7 +262,7 @@ def test_inference_computes_what_training_does(family: str) -> None:
         training = computed(case, inputs, backward=False)
         emulated.seed(7)
         with emulated.force(family):
-            *outputs, saved = emulated.lstm(
+            *outputs, saved, _ = emulated.lstm(
                 *(inputs.x, inputs.weights, inputs.h_0, inputs.c_0), **inputs.options, save=False
             )
         assert saved == []
@@ -277,7 +277,7 @@ def test_memory_of_operators_is_nan() -> None:
     inputs = make_inputs(Case("persistent", "bf16", T=3, B=2, I=2, H=16, lengths=(3, 1)))
     emulated.poison(True)
     with emulated.force("persistent"):
-        *_, saved = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+        *_, saved, _ = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
     cells = saved[1].view(3, 2, 16)
     assert cells[1:, 1].isnan().all()
     assert not cells[:, 0].isnan().any()

@@ -362,13 +362,13 @@ def test_opcheck_forward_without_saving(arguments: tuple[object, ...]) -> None:
 def test_opcheck_backward(arguments: tuple[object, ...]) -> None:
     x, weights, h_0, c_0, *options = arguments
     with torch.no_grad():
-        y, h_n, _, saved = torch.ops.fastlstm.lstm(*arguments, True)
+        y, h_n, _, saved, _ = torch.ops.fastlstm.lstm(*arguments, True)
         needs = [1, 0] + [1, 0] * (len(weights) // 2)  # type: ignore[arg-type]
         backward = (y, h_n, None, x, weights, h_0, c_0, y, saved, *options, needs)
         torch.library.opcheck(
             torch.ops.fastlstm.lstm_backward.default, backward, test_utils=["test_schema", "test_faketensor"]
         )
-        d_x, d_h_0, _, d_weights = torch.ops.fastlstm.lstm_backward(*backward)
+        d_x, d_h_0, _, d_weights, _ = torch.ops.fastlstm.lstm_backward(*backward)
     assert d_x.shape == x.shape  # type: ignore[attr-defined]
     assert d_h_0.numel() == 0
     assert [w.numel() > 0 for w in d_weights] == [bool(n) for n in needs[2:]]
@@ -377,7 +377,7 @@ def test_opcheck_backward(arguments: tuple[object, ...]) -> None:
 def test_saves_by_grad_mode_alone() -> None:
     p = Problem.of(CASES[1])
     with torch.no_grad():
-        *_, saved = torch.ops.fastlstm.lstm(
+        *_, saved, _ = torch.ops.fastlstm.lstm(
             p.x, p.weights, p.h_0, p.c_0, None, None, None, None, 1, False, True, False, False
         )
     assert saved == []
@@ -596,7 +596,7 @@ def test_backward_refuses_another_device() -> None:
     p = Problem.of(CASES[1])
     arguments = (p.x, p.weights, p.h_0, p.c_0)
     options = (None, None, None, None, 1, False, True, False)
-    y, h_n, _, saved = torch.ops.fastlstm.lstm(*arguments, *options, True)
+    y, h_n, _, saved, _ = torch.ops.fastlstm.lstm(*arguments, *options, True)
     kernel = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     needs = [1] * (2 + len(p.weights))
     for d_y, d_h_n, kept, message in (
@@ -618,7 +618,7 @@ def test_what_is_saved_on_cuda(dtype: torch.dtype) -> None:
         weights = [torch.empty(*sizes, dtype=dtype) for sizes in ((16, 3), (16, 4), (16, 4), (16, 4))]
         x, state = torch.empty(5, 2, 3, dtype=dtype), torch.empty(2, 2, 4, dtype=dtype)
         options = (None, None, None, None, 2, False, False, False)
-        y, _, _, saved = torch.ops.fastlstm.lstm(x, weights, state, state, *options, True)
+        y, _, _, saved, _ = torch.ops.fastlstm.lstm(x, weights, state, state, *options, True)
     assert y.dtype == dtype
     assert [(list(t.shape), t.dtype, t.device.type) for t in saved] == [
         ([2, 10, 16], dtype, "cuda"),

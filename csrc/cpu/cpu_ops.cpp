@@ -160,12 +160,23 @@ class Inputs {
   const T* states(const Tensor& tensor, int64_t features) {
     return a_.packing ? packed(tensor, map_states(a_, features)) : plain(tensor);
   }
+  const T* states(const OptionalTensor& tensor, int64_t features) {
+    return tensor ? states(*tensor, features) : nullptr;
+  }
+  // bool [blocks, *x.shape[:-1], features] as bytes [blocks, N, features]
+  const uint8_t* marks(const Tensor& tensor, int64_t blocks, int64_t features) {
+    kept_.push_back(as(tensor, ScalarType::Bool));
+    const auto* from = data<uint8_t>(kept_.back());
+    return a_.packing ? pack(from, map_rows(a_, blocks, features), ScalarType::Bool) : from;
+  }
 
  private:
-  const T* packed(const Tensor& tensor, const RowMap& map) {
-    const T* from = plain(tensor);
-    kept_.push_back(empty(map.packed_sizes(), a_.compute_type));
-    T* to = data<T>(kept_.back());
+  const T* packed(const Tensor& tensor, const RowMap& map) { return pack(plain(tensor), map, a_.compute_type); }
+
+  template <class Element>
+  const Element* pack(const Element* from, const RowMap& map, ScalarType type) {
+    kept_.push_back(empty(map.packed_sizes(), type));
+    auto* to = data<Element>(kept_.back());
     map.pack(from, to);
     return to;
   }
@@ -180,11 +191,11 @@ class Outputs {
  public:
   explicit Outputs(const DriverArguments& a) : a_(a) {}
 
-  // [*x.shape[:-1], features]; zero beyond the end of a sequence
-  T* rows(const Tensor& tensor, int64_t features) {
+  // [blocks, *x.shape[:-1], features]; zero beyond the end of a sequence
+  T* rows(const Tensor& tensor, int64_t blocks, int64_t features) {
     if (!a_.packing) return data<T>(tensor);
     tensor.zero_();
-    return packed(tensor, map_rows(a_, 1, features));
+    return packed(tensor, map_rows(a_, blocks, features));
   }
   // [L*D, caller's B, features]; keeps what it holds for sequences of no steps. `read`: the driver reads it too.
   T* states(const Tensor& tensor, int64_t features, bool read) {
@@ -226,6 +237,14 @@ void fill_inputs(StackInputs<T>& stack, const DriverArguments& a, const Call& ca
   stack.c_0 = inputs.states(call.c_0, p.H);
   stack.dropout_mask =
       call.dropout_mask ? inputs.rows(*call.dropout_mask, p.layers - 1, p.directions * p.output_size()) : nullptr;
+  stack.recurrent_mask = inputs.states(call.recurrent_mask, p.output_size());
+  stack.reset_h = inputs.states(call.reset_h, p.output_size());
+  stack.reset_c = inputs.states(call.reset_c, p.H);
+  const auto zoneout = [&](const OptionalTensor& mask, double rate, int64_t features) -> Zoneout<T> {
+    return {mask ? inputs.marks(*mask, p.layers * p.directions, features) : nullptr, static_cast<T>(rate)};
+  };
+  stack.zoneout_h = zoneout(call.zoneout_h, call.zoneout_rate_h, p.output_size());
+  stack.zoneout_c = zoneout(call.zoneout_c, call.zoneout_rate_c, p.H);
   stack.weights.reserve(p.layers * p.directions);
   for (size_t i = 0; i < call.weights.size(); i += a.per_direction) {
     const Tensor* w = call.weights.data() + i;
@@ -247,7 +266,7 @@ void run(const Stack& stack, const PassPlan& plan) {
 }
 
 template <class T>
-ForwardResult forward(const DriverArguments& a, const Call& call) {
+ForwardResult forward(const DriverArguments& a, const Call& call, const Wanted& wanted) {
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, out = p.output_size(), width = p.directions * out;
   const Tensor y = empty(a.rows.then(width), a.compute_type);
@@ -264,33 +283,38 @@ ForwardResult forward(const DriverArguments& a, const Call& call) {
     return t;
   };
   std::vector<Tensor> saved;
-  if (p.training) saved = {save(states, kGates * p.H), save(states, p.H), save(p.layers - 1, width)};
-  Inputs<T> inputs(a, call.weights.size() + 8);
+  if (p.training)
+    saved = {wanted.recompute ? empty({states, 0, kGates * p.H}, a.compute_type) : save(states, kGates * p.H),
+             save(states, p.H), save(p.layers - 1, width)};
+  std::vector<Tensor> cell_states;
+  const int64_t returned = wanted.cell_layers * p.directions;
+  if (returned > 0) cell_states = {empty(a.rows_of(returned, p.H), a.compute_type)};
+  Inputs<T> inputs(a, call.weights.size() + 18);
   Outputs<T> outputs(a);
-  T* const y_data = outputs.rows(y, width);
+  T* const y_data = outputs.rows(y, 1, width);
+  T* const cell_data = returned > 0 ? outputs.rows(cell_states[0], returned, p.H) : nullptr;
   if (p.B > 0) {
-    StackForward<T> stack;
+    StackForward<T> stack = {};
     fill_inputs(stack, a, call, inputs);
     stack.y = y_data;
     stack.h_n = outputs.states(h_n, out, false);
     stack.c_n = outputs.states(c_n, p.H, false);
-    stack.gates = p.training ? data<T>(saved[0]) : nullptr;
+    stack.cell_states = cell_data;
+    stack.cell_layers = wanted.cell_layers;
+    stack.gates = p.training && !wanted.recompute ? data<T>(saved[0]) : nullptr;
     stack.cells = p.training ? data<T>(saved[1]) : nullptr;
     stack.layer_outputs = p.training ? data<T>(saved[2]) : nullptr;
     run(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
     outputs.finish();
   }
-  return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), std::move(saved)};
+  for (Tensor& t : cell_states) t = as(t, a.type);
+  return {as(y, a.type), as(h_n, a.type), as(c_n, a.type), std::move(saved), std::move(cell_states)};
 }
 
-ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                   bool reduced_products, bool save) {
-  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
-  const DriverArguments a = parse_for_driver(call, save);
-  return a.compute_type == ScalarType::Double ? forward<double>(a, call) : forward<float>(a, call);
+ForwardResult lstm(const Call& call, const Wanted& wanted) {
+  const DriverArguments a = parse_for_driver(call, wanted.save);
+  check_wanted(a, wanted);
+  return a.compute_type == ScalarType::Double ? forward<double>(a, call, wanted) : forward<float>(a, call, wanted);
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -315,24 +339,45 @@ BackwardResult backward(const DriverArguments& a, const Call& call, const Backwa
   d_weights.reserve(call.weights.size());
   for (size_t i = 0; i < call.weights.size(); ++i) {
     const auto sizes = call.weights[i].sizes();
-    const Sizes needed = sizes.size() == 2 ? Sizes{sizes[0], sizes[1]} : Sizes{sizes[0]};
+    Sizes needed = sizes.size() == 2 ? Sizes{sizes[0], sizes[1]} : Sizes{sizes[0]};
+    if (b.groups > 1) needed = needed.after(b.groups);
     d_weights.push_back(empty(needs[2 + i] ? needed : Sizes{0}, a.compute_type));
   }
-  Inputs<T> inputs(a, call.weights.size() + 12);
+  // Sums over restarts, of which there may be none.
+  std::vector<Tensor> d_resets;
+  const bool needs_resets = call.reset_h && needs.back() != 0;
+  if (call.reset_h)
+    for (const int64_t features : {out, p.H}) {
+      d_resets.push_back(empty(needs_resets ? a.states.then(features) : Sizes{0}, a.compute_type));
+      d_resets.back().zero_();
+    }
+  Inputs<T> inputs(a, call.weights.size() + 22);
   Outputs<T> outputs(a);
-  T* const d_x_data = needs[0] ? outputs.rows(d_x, p.I) : nullptr;
+  T* const d_x_data = needs[0] ? outputs.rows(d_x, 1, p.I) : nullptr;
   if (p.B > 0) {
-    StackBackward<T> stack;
+    StackBackward<T> stack = {};
     fill_inputs(stack, a, call, inputs);
     stack.y = inputs.rows(b.y, 1, p.directions * out);
-    stack.gates = data<T>(b.saved[0]);
+    stack.gates = b.saved[0].numel() > 0 ? data<T>(b.saved[0]) : nullptr;
     stack.cells = data<T>(b.saved[1]);
     stack.layer_outputs = data<T>(b.saved[2]);
     stack.d_y = b.d_y ? inputs.rows(*b.d_y, 1, p.directions * out) : nullptr;
     stack.d_x = d_x_data;
     stack.d_h = outputs.states(d_h, out, true);
     stack.d_c = outputs.states(d_c, p.H, true);
-    stack.needs_d_h_0 = needs[1];
+    stack.needs_d_h_0 = needs[1] || needs_resets;
+    if (b.d_cell_states) {
+      const int64_t blocks = b.d_cell_states->size(0);
+      stack.d_cell_states = inputs.rows(*b.d_cell_states, blocks, p.H);
+      stack.cell_layers = blocks / p.directions;
+    }
+    if (needs_resets) {
+      stack.d_reset_h = outputs.states(d_resets[0], out, true);
+      stack.d_reset_c = outputs.states(d_resets[1], p.H, true);
+    }
+    stack.groups = b.groups;
+    for (int64_t i = 0; b.groups > 1 && i < p.B; ++i)
+      stack.group_of.push_back((a.packing ? a.packing->sequences[i] : i) / (a.batch() / b.groups));
     for (size_t i = 0; i < d_weights.size(); i += a.per_direction) {
       const Tensor* w = d_weights.data() + i;
       Weights<T> pointers = {data<T>(w[0]), data<T>(w[1]), nullptr, nullptr, nullptr};
@@ -347,18 +392,11 @@ BackwardResult backward(const DriverArguments& a, const Call& call, const Backwa
   }
   for (Tensor& t : d_weights) t = as(t, a.type);
   const auto state = [&](const Tensor& t) { return needs[1] ? as(t, a.type) : empty({0}, a.type); };
-  return {as(d_x, a.type), state(d_h), state(d_c), std::move(d_weights)};
+  for (Tensor& t : d_resets) t = as(t, a.type);
+  return {as(d_x, a.type), state(d_h), state(d_c), std::move(d_weights), std::move(d_resets)};
 }
 
-BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
-                             const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                             const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
-                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                             const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                             bool reduced_products, at::IntArrayRef needs) {
-  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
-  const BackwardCall backward_call = {d_y, d_h_n, d_c_n, y, saved, needs};
+BackwardResult lstm_backward(const Call& call, const BackwardCall& backward_call) {
   const DriverArguments a = parse_for_driver(call, true);
   check_backward(a, call, backward_call, a.compute_type);
   return a.compute_type == ScalarType::Double ? backward<double>(a, call, backward_call)
@@ -370,6 +408,6 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
 }  // namespace fastlstm::cpu
 
 TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
-  m.impl("lstm", fastlstm::cpu::lstm);
-  m.impl("lstm_backward", fastlstm::cpu::lstm_backward);
+  m.impl("lstm", fastlstm::forward_kernel<fastlstm::cpu::lstm>);
+  m.impl("lstm_backward", fastlstm::backward_kernel<fastlstm::cpu::lstm_backward>);
 }

@@ -54,6 +54,15 @@ struct Restarts {
   std::vector<uint8_t> steps;  // [T]: whether any row of the step is marked
 };
 
+// What zoneout keeps of one state: its part that is of the step before.
+template <class T>
+struct Zoneout {
+  const uint8_t* mask;  // [N, features]: 1 for the elements that are kept whole, 0 for the others; or null, then
+  T rate;               // this is the part of every element
+
+  bool active() const { return mask || rate != T(0); }
+};
+
 // Rows that steps hand on to the next step: those of adjacent steps, or of two steps in turn.
 template <class A>
 struct StepRows {
@@ -83,15 +92,22 @@ struct ForwardTask {
   const A* packed;  // gate panels of W_hh, where gates_x is null behind those of W_ih; only in the packed family
   const A* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
-  const A* h_0;        // [B, terms(P)]
-  A* restarted_h;      // [B, terms(P)], h_{t-1} of a step with restarts, where they are zero; null without restarts
+  const A* h_0;        // [B, terms(P)], as the first step multiplies it
+  const A* reset_h;    // [B, terms(P)], likewise after a restart; null: zero
+  const T* reset_c;    // [B, H], c_{t-1} of a restart; null: zero
+  A* restarted_h;      // [B, terms(P)], h_{t-1} of a step with restarts; null without restarts
   T* c;                // [B, H], running cell state: c_0 on entry, c_n when all steps are done
   A* hidden;           // [B, terms(H)], o * tanh(c) of the current step before projection; null without projection
   T* y;                // [N, y_stride], this direction's P columns
   int64_t y_stride;
-  StepRows<A> h;  // h_t as the next step multiplies it: y itself in full precision
-  T* gates;       // [N, 4H], activations saved for backward; null in inference
-  T* cells;       // [N, H], c_t saved for backward; null in inference
+  StepRows<A> h;  // h_t as the next step multiplies it: y itself, or two steps in turn where it is rounded or masked
+  const T* recurrent_mask;                 // [B, P], factors on h_{t-1} as it is multiplied; null without
+  Zoneout<T> zoneout_h;                    // of h_t [N, P], ...
+  Zoneout<T> zoneout_c;                    // ... and of c_t [N, H]
+  const T *initial_h, *kept_h_of_restart;  // h_{t-1} that zoneout keeps, in a first step [B, P] and after a restart:
+  int64_t kept_h_stride;                   // with this stride, 0 for one row of zeros
+  T* gates;                                // [N, 4H], activations saved for backward; null where nobody wants them
+  T* cells;                                // [N, H], c_t, likewise
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }
   bool restarts_at(int64_t t) const { return restarts && restarts->steps[t]; }
@@ -106,28 +122,37 @@ struct BackwardTask {
   bool reverse;              // of the forward pass; backward runs the other way
   int64_t H, P;
 
-  const T* gates;      // [N, 4H], activations
-  const T* cells;      // [N, H]
-  const T* c_0;        // [B, H]
-  const T* zeros;      // [H], h_{t-1} and c_{t-1} of a restart; null without restarts
-  const T* w_hh;       // [4H, P] as stored, in the unpacked family; null in others
-  const A* packed_hh;  // column panels of W_hh, K = 4H, P columns, in the packed family; null in others
+  const T* gates;              // [., 4H], activations; the first row is ...
+  int64_t gates_first;         // ... this one of all N
+  const T* cells;              // [N, H]
+  const T* c_0;                // [B, H]
+  const T *reset_h, *reset_c;  // h_{t-1} and c_{t-1} of a restart: [B, P] and [B, H], or one row of zeros each, ...
+  bool resets_to_zero;         // ... as this says; null without restarts
+  const T* w_hh;               // [4H, P] as stored, in the unpacked family; null in others
+  const A* packed_hh;          // column panels of W_hh, K = 4H, P columns, in the packed family; null in others
   const A* packed_hr;  // column panels of W_hr, K = P, H columns; null without projection or in the stepwise family
   const T* d_y;        // [N, d_y_stride] this direction's P columns, or null: zero
   int64_t d_y_stride;
-  T* d_h;          // [B, P], gradient of h_t through step t+1: d_h_n on entry, d_h_0 on exit
-  T* d_c;          // [B, H], d_c_n on entry, d_c_0 on exit
-  T* d_hidden;     // [B, H], gradient of o * tanh(c); null without projection
-  int64_t first;   // the chunk's first row of all N
-  T* d_projected;  // [rows of the chunk, P], whole gradient of h_t; null without projection
-  T* hidden;       // [rows of the chunk, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
-  T* d_gates;      // [rows of the chunk, 4H], out
+  const T* d_cells;         // [N, H], gradient of the cell states that are returned; null: zero
+  const T* recurrent_mask;  // [B, P]; null without
+  Zoneout<T> zoneout_h, zoneout_c;
+  T* kept_d_h;               // [B, P], gradient that zoneout hands on from h_t to h_{t-1}; null without
+  T *d_reset_h, *d_reset_c;  // [B, P], [B, H]: gradients of reset states are added here; null where not needed
+  T* d_h;                    // [B, P], gradient of h_t through step t+1: d_h_n on entry, d_h_0 on exit
+  T* d_c;                    // [B, H], d_c_n on entry, d_c_0 on exit
+  T* d_hidden;               // [B, H], gradient of o * tanh(c); null without projection
+  int64_t first;             // the chunk's first row of all N
+  T* d_projected;            // [rows of the chunk, P], whole gradient of h_t; null without projection
+  T* hidden;   // [rows of the chunk, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
+  T* d_gates;  // [rows of the chunk, 4H], out
   // d_gates and d_projected as they are multiplied: themselves in full precision.
   StepRows<A> d_gates_terms, d_projected_terms;
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }  // the step that made h_{t-1}
   int64_t next(int64_t t) const { return reverse ? t - 1 : t + 1; }
   bool restarts_row(int64_t row) const { return restarts && restarts->rows[row]; }
+  const T* reset_h_of(int64_t b) const { return reset_h + (resets_to_zero ? 0 : b * P); }
+  const T* reset_c_of(int64_t b) const { return reset_c + (resets_to_zero ? 0 : b * H); }
 };
 
 struct Range {
@@ -181,17 +206,24 @@ struct Kernels {
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
   void (*forward_cells)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
                         A* workspace);
-  // Step t, forward: y = hidden W_hr^T, after all unit blocks of these rows are done.
+  // Step t, forward: y = hidden W_hr^T, after all unit blocks of these rows are done; and what makes h_t of that, for
+  // who has multiplied already.
   void (*forward_project)(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
+  void (*finish_projection)(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels);
 
-  // d_h = d_gates[t] W_hh for the rows active at step t (the step that consumed these h).
+  // d_h, the gradient of h_{t-1} through step t, for the rows active at step t (which consumed these h): d_gates[t]
+  // W_hh; and what makes d_h of that product, for who has multiplied already.
   void (*backward_recurrent)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
+  void (*finish_recurrent)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
   // d_projected[t] = d_h + d_y[t]
   void (*backward_output)(const BackwardTask<T, A>& task, int64_t t, Range rows);
   // d_hidden = d_projected[t] W_hr
   void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
   // d_gates[t] and d_c from d_h + d_y[t] (d_hidden with projection). Panels are columns of H.
   void (*backward_cells)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
+
+  // gates = activations of (gates + bias), which is packed.
+  void (*activate_gates)(const T* bias, int64_t H, Range rows, T* gates);
 
   // Bulk products over the rows of all steps.
   // out[rows] (+)= a[rows] * packed matrix, for the columns of the given panels.

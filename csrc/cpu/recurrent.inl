@@ -604,6 +604,42 @@ void dot_rows(const ForwardTask<T, T>& task, const T* h, int64_t h_stride, const
 
 // ---------------------------------------------------------------------------------------------- forward
 
+// The part that zoneout keeps of n adjacent elements.
+template <class T>
+inline Vec<T> kept_part(const Zoneout<T>& zoneout, int64_t first, int64_t n) {
+  if (!zoneout.mask) return broadcast<T>(zoneout.rate);
+  using Bytes __attribute__((vector_size(kLanes<T>))) = uint8_t;
+  Bytes bytes = {};
+  __builtin_memcpy(&bytes, zoneout.mask + first, static_cast<size_t>(n));
+  return __builtin_convertvector(bytes, Vec<T>);
+}
+
+template <class T>
+inline Vec<T> zone_out(const Zoneout<T>& zoneout, int64_t first, int64_t n, Vec<T> before, Vec<T> now) {
+  const Vec<T> kept = kept_part(zoneout, first, n);
+  return kept * before + (1 - kept) * now;
+}
+
+// Columns `first` ... of h_t, n of them, of which `h` is what the cell makes: into y and into what the next step
+// multiplies.
+template <class T, class A>
+inline void put_output(const ForwardTask<T, A>& task, int64_t t, int64_t batch, int64_t first, int64_t n, Vec<T> h) {
+  const Schedule& schedule = *task.schedule;
+  const int64_t row = schedule.offsets[t] + batch, previous = task.previous(t);
+  if (task.zoneout_h.active()) {
+    const T* const before =
+        task.restarts && task.restarts->rows[row] ? task.kept_h_of_restart + batch * task.kept_h_stride
+        : batch < schedule.active(previous)       ? task.y + (schedule.offsets[previous] + batch) * task.y_stride
+                                                  : task.initial_h + batch * task.P;
+    h = zone_out(task.zoneout_h, row * task.P + first, n, load_first(before + first, n), h);
+  }
+  T* const y = task.y + row * task.y_stride + first;
+  n == kLanes<T> ? store(y, h) : store_first(y, h, n);
+  if (task.h.batch == 0) return;
+  if (task.recurrent_mask) h = h * load_first(task.recurrent_mask + batch * task.P + first, n);
+  Operand<T, A>::store_values(task.h.at(schedule, t) + batch * task.h.stride, first, h, n);
+}
+
 // c_t of `lanes` units of one row (the first n of them where kTail). `products` may be null: all is in gates_x. Leaves
 // o and c_t in `state` for output_of_block.
 template <class T, class A, bool kTail>
@@ -620,31 +656,28 @@ inline void state_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t bat
     if (task.gates_x) gate[g] = gate[g] + get(task.gates_x + (row - task.first) * kGates * task.H + g * task.H + unit);
   }
   T* const c_row = task.c + batch * task.H + unit;
-  Vec<T> c = get(c_row);
+  const Vec<T> before = get(c_row);
+  Vec<T> c = before;
   cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
-  put(c_row, c);
   store(state, gate[3]);
   store(state + W, c);
-  if (task.gates) {
+  if (task.zoneout_c.active()) c = zone_out(task.zoneout_c, row * task.H + unit, n, before, c);
+  put(c_row, c);
+  if (task.gates)
     for (int g = 0; g < kGates; ++g) put(task.gates + row * kGates * task.H + g * task.H + unit, gate[g]);
-    put(task.cells + row * task.H + unit, c);
-  }
+  if (task.cells) put(task.cells + row * task.H + unit, c);
 }
 
 // h_t of the same units.
 template <class T, class A, bool kTail>
 inline void output_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t batch, int64_t block, const T* state) {
   constexpr int W = kLanes<T>;
-  const int64_t unit = block * W, n = kTail ? task.H - unit : W, row = task.schedule->offsets[t] + batch;
+  const int64_t unit = block * W, n = kTail ? task.H - unit : W;
   const Vec<T> h = cell_output<VecMath<T>>(load(state), load(state + W));
-  if (task.hidden) {
+  if (task.hidden)
     Operand<T, A>::store_values(task.hidden + batch * terms<A>(task.H), unit, h, n);
-    return;
-  }
-  T* const y = task.y + row * task.y_stride + unit;
-  kTail ? store_first(y, h, n) : store(y, h);
-  if constexpr (!kFullPrecision<T, A>)
-    Operand<T, A>::store_values(task.h.at(*task.schedule, t) + batch * task.h.stride, unit, h, n);
+  else
+    put_output(task, t, batch, unit, n, h);
 }
 
 // The cell of `count` rows and of adjacent unit blocks, whose products stand in the scratch buffer (`multiplied`) or
@@ -745,14 +778,19 @@ void forward_cells(const ForwardTask<T, A>& task, GateProduct product, int64_t t
                     workspace);
 }
 
-// Columns of the given panels of one row, rounded for the next product.
+// Makes h_t of y = hidden W_hr^T.
 template <class T, class A>
-void round_columns(const T* from, int64_t columns, Range panels, A* to) {
+void finish_projection(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
   constexpr int W = kLanes<T>;
-  const int64_t last = std::min(columns, panels.end * 2 * W);
-  for (int64_t c = panels.begin * 2 * W; c < last; c += W) {
-    const int64_t n = std::min<int64_t>(W, last - c);
-    Operand<T, A>::store_values(to, c, load_first(from + c, n), n);
+  if (task.h.batch == 0 && !task.zoneout_h.active()) return;
+  rows.end = std::min(rows.end, task.schedule->active(t));
+  const int64_t last = std::min(task.P, panels.end * 2 * W);
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    const T* const y = task.y + (task.schedule->offsets[t] + b) * task.y_stride;
+    for (int64_t c = panels.begin * 2 * W; c < last; c += W) {
+      const int64_t n = std::min<int64_t>(W, last - c);
+      put_output(task, t, b, c, n, load_first(y + c, n));
+    }
   }
 }
 
@@ -762,12 +800,43 @@ void forward_project(const ForwardTask<T, A>& task, int64_t t, Range rows, Range
   T* y = task.y + task.schedule->offsets[t] * task.y_stride;
   const int64_t depth = terms<A>(task.H);
   multiply_rows<T, A>(task.hidden, depth, rows, task.packed_hr, depth, task.P, panels, y, task.y_stride, false, buffer);
-  if constexpr (!kFullPrecision<T, A>)
-    for (int64_t b = rows.begin; b < rows.end; ++b)
-      round_columns(y + b * task.y_stride, task.P, panels, task.h.at(*task.schedule, t) + b * task.h.stride);
+  finish_projection(task, t, rows, panels);
+}
+
+template <class T>
+void activate_gates(const T* bias, int64_t H, Range rows, T* gates) {
+  constexpr int W = kLanes<T>;
+  for (int64_t row = rows.begin; row < rows.end; ++row)
+    for (int64_t unit = 0; unit < H; unit += W) {
+      const int64_t n = std::min<int64_t>(W, H - unit);
+      T* const at = gates + row * kGates * H + unit;
+      Vec<T> gate[kGates], unused_c = {};
+      for (int g = 0; g < kGates; ++g) gate[g] = load_first(at + g * H, n) + load(bias + (unit / W * kGates + g) * W);
+      cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], unused_c);
+      for (int g = 0; g < kGates; ++g) store_first(at + g * H, gate[g], n);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- backward
+
+// Makes d_h, the gradient of h_{t-1}, of the product d_gates[t] W_hh.
+template <class T, class A>
+void finish_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
+  if (!task.restarts && !task.recurrent_mask && !task.kept_d_h) return;
+  rows.end = std::min(rows.end, task.schedule->active(t));
+  const int64_t first = panels.begin * 2 * kLanes<T>, last = std::min(task.P, panels.end * 2 * kLanes<T>);
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    T* const d_h = task.d_h + b * task.P;
+    if (task.recurrent_mask)
+      for (int64_t p = first; p < last; ++p) d_h[p] *= task.recurrent_mask[b * task.P + p];
+    if (task.kept_d_h)
+      for (int64_t p = first; p < last; ++p) d_h[p] += task.kept_d_h[b * task.P + p];
+    if (!task.restarts_row(task.schedule->offsets[t] + b)) continue;
+    if (task.d_reset_h)
+      for (int64_t p = first; p < last; ++p) task.d_reset_h[b * task.P + p] += d_h[p];
+    std::fill(d_h + first, d_h + last, T(0));
+  }
+}
 
 template <class T, class A>
 void backward_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer) {
@@ -782,9 +851,7 @@ void backward_recurrent(const BackwardTask<T, A>& task, int64_t t, Range rows, R
   if (task.packed_hh)
     multiply_rows(a, d_gates.stride, rows, task.packed_hh, terms<A>(kGates * task.H), task.P, panels, task.d_h, task.P,
                   false, buffer);
-  for (int64_t b = rows.begin; b < rows.end; ++b)
-    if (task.restarts_row(task.schedule->offsets[t] + b))
-      std::fill(task.d_h + b * task.P + first, task.d_h + b * task.P + last, T(0));
+  finish_recurrent(task, t, rows, panels);
 }
 
 template <class T, class A>
@@ -795,6 +862,13 @@ void backward_output(const BackwardTask<T, A>& task, int64_t t, Range rows) {
     T* const d_projected = task.d_projected + (offset + b - task.first) * task.P;
     for (int64_t p = 0; p < task.P; ++p)
       d_projected[p] = task.d_h[b * task.P + p] + (task.d_y ? task.d_y[(offset + b) * task.d_y_stride + p] : T(0));
+    if (task.kept_d_h)
+      for (int64_t p = 0; p < task.P; ++p) {
+        const Zoneout<T>& zoneout = task.zoneout_h;
+        const T kept = zoneout.mask ? T(zoneout.mask[(offset + b) * task.P + p]) : zoneout.rate;
+        task.kept_d_h[b * task.P + p] = kept * d_projected[p];
+        d_projected[p] *= 1 - kept;
+      }
     if constexpr (!kFullPrecision<T, A>) {
       const StepRows<A>& rounded = task.d_projected_terms;
       round_rows(d_projected, 1, task.P, rounded.at(*task.schedule, t) + b * rounded.stride);
@@ -817,14 +891,26 @@ inline void backward_cell_of_units(const BackwardTask<T, A>& task, int64_t t, in
   const auto get = [&](const T* p) { return kTail ? load_first(p, n) : load(p); };
   const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
   Vec<T> gate[kGates];
-  for (int g = 0; g < kGates; ++g) gate[g] = get(task.gates + row * kGates * H + g * H + unit);
+  for (int g = 0; g < kGates; ++g) gate[g] = get(task.gates + (row - task.gates_first) * kGates * H + g * H + unit);
   Vec<T> d_h = get((task.d_hidden ? task.d_hidden : task.d_h) + batch * H + unit);
   if (task.d_y && !task.d_hidden) d_h = d_h + get(task.d_y + row * task.d_y_stride + unit);
-  Vec<T> d_c = get(task.d_c + batch * H + unit);
-  const Vec<T> c = get(task.cells + row * H + unit);
+  if (task.kept_d_h && !task.d_hidden) {
+    const Vec<T> kept_d_h = kept_part(task.zoneout_h, row * H + unit, n) * d_h;
+    put(task.kept_d_h + batch * H + unit, kept_d_h);
+    d_h = d_h - kept_d_h;
+  }
+  Vec<T> d_c = get(task.d_c + batch * H + unit), kept_d_c = {};
+  if (task.d_cells) d_c = d_c + get(task.d_cells + row * H + unit);
+  Vec<T> c = get(task.cells + row * H + unit);
+  const Vec<T> c_before = get(c_prev + unit);
+  if (task.zoneout_c.active()) {  // the cells are what zoneout made of c_t, and h_t comes from c_t itself
+    kept_d_c = kept_part(task.zoneout_c, row * H + unit, n) * d_c;
+    d_c = d_c - kept_d_c;
+    c = gate[1] * c_before + gate[0] * gate[2];
+  }
   if (task.hidden) put(task.hidden + (row - task.first) * H + unit, gate[3] * VecMath<T>::tanh(c));
-  cell_backward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c, get(c_prev + unit), d_h, d_c);
-  put(task.d_c + batch * H + unit, d_c);
+  cell_backward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c, c_before, d_h, d_c);
+  put(task.d_c + batch * H + unit, d_c + kept_d_c);
   for (int g = 0; g < kGates; ++g) {
     put(task.d_gates + (row - task.first) * kGates * H + g * H + unit, gate[g]);
     if constexpr (!kFullPrecision<T, A>) {
@@ -843,13 +929,16 @@ void backward_cells(const BackwardTask<T, A>& task, int64_t t, Range rows, Range
   const int64_t first = panels.begin * 2 * W, last = std::min(task.H, panels.end * 2 * W);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const bool restarts = task.restarts_row(offset + b);
-    const T* c_prev = restarts     ? task.zeros
+    const T* c_prev = restarts     ? task.reset_c_of(b)
                       : b < before ? task.cells + (schedule.offsets[previous] + b) * task.H
                                    : task.c_0 + b * task.H;
     int64_t unit = first;
     for (; unit + W <= last; unit += W) backward_cell_of_units<T, A, false>(task, t, b, c_prev, unit);
     if (unit < last) backward_cell_of_units<T, A, true>(task, t, b, c_prev, unit);
-    if (restarts) std::fill(task.d_c + b * task.H + first, task.d_c + b * task.H + last, T(0));
+    if (!restarts) continue;
+    if (task.d_reset_c)
+      for (unit = first; unit < last; ++unit) task.d_reset_c[b * task.H + unit] += task.d_c[b * task.H + unit];
+    std::fill(task.d_c + b * task.H + first, task.d_c + b * task.H + last, T(0));
   }
 }
 
@@ -911,10 +1000,13 @@ constexpr Kernels<T, A> kKernels = {
     forward_workspace<A>,
     forward_cells<T, A>,
     forward_project<T, A>,
+    finish_projection<T, A>,
     backward_recurrent<T, A>,
+    finish_recurrent<T, A>,
     backward_output<T, A>,
     backward_project<T, A>,
     backward_cells<T, A>,
+    activate_gates<T>,
     multiply_rows<T, A>,
     multiply_stored<T>,
     add_gradients<T, A>,

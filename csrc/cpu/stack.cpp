@@ -174,7 +174,8 @@ void for_each_chunk(int64_t T, int64_t chunk_steps, const F& f) {
 
 // ------------------------------------------------------------------------------------------------ forward
 
-// Before step t, where rows restart: h_{t-1} of all rows copied, zero where they do, and c_{t-1} zeroed in place.
+// Before step t, where rows restart: h_{t-1} of all rows copied, that of a restart where they do, and c_{t-1} changed
+// in place.
 template <class T, class A>
 void restart_rows(const ForwardTask<T, A>& task, int64_t t, Range rows) {
   if (!task.restarts_at(t)) return;
@@ -182,9 +183,10 @@ void restart_rows(const ForwardTask<T, A>& task, int64_t t, Range rows) {
   const int64_t previous = task.previous(t), before = schedule.active(previous), width = terms<A>(task.P);
   for (int64_t b = rows.begin; b < std::min(rows.end, schedule.active(t)); ++b) {
     A* const h = task.restarted_h + b * width;
+    T* const c = task.c + b * task.H;
     if (task.restarts->rows[schedule.offsets[t] + b]) {
-      std::fill_n(h, width, A{});
-      std::fill_n(task.c + b * task.H, task.H, T(0));
+      task.reset_h ? std::copy_n(task.reset_h + b * width, width, h) : std::fill_n(h, width, A{});
+      task.reset_c ? std::copy_n(task.reset_c + b * task.H, task.H, c) : std::fill_n(c, task.H, T(0));
     } else {
       std::copy_n(b < before ? task.h.at(schedule, previous) + b * task.h.stride : task.h_0 + b * width, width, h);
     }
@@ -263,18 +265,34 @@ void forward_stepwise(const ForwardTask<T, T>& task, const T* w_hr, const Kernel
     } else {
       const int64_t running = std::min(rows, schedule.active(previous));
       if (running > 0)
-        matmul<T>(gates.rows_from(0, running),
-                  {task.y + schedule.offsets[previous] * task.y_stride, running, task.P, task.y_stride}, w_hh, true);
+        matmul<T>(gates.rows_from(0, running), {task.h.at(schedule, previous), running, task.P, task.h.stride}, w_hh,
+                  true);
       matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P),
                 w_hh, true);
     }
     parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
       k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks}, nullptr);
     });
-    if (task.hidden)
-      matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride},
-                dense<const T>(task.hidden, rows, task.H), dense(w_hr, task.P, task.H).transposed());
+    if (!task.hidden) continue;
+    matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride},
+              dense<const T>(task.hidden, rows, task.H), dense(w_hr, task.P, task.H).transposed());
+    k.finish_projection(task, t, {0, rows}, {0, column_panels(k, task.P)});
   }
+}
+
+// The zoneout of one block of rows.
+template <class T>
+Zoneout<T> block_of(const Zoneout<T>& zoneout, int64_t block, int64_t size) {
+  return {zoneout.mask ? zoneout.mask + block * size : nullptr, zoneout.rate};
+}
+
+// Factors on states, with which they are multiplied for the recurrent product; without a mask the states themselves.
+template <class T>
+const T* masked_states(const StackInputs<T>& stack, const T* states, const Buffer<T>& masked) {
+  const Problem& p = *stack.problem;
+  if (!stack.recurrent_mask || !states) return states;
+  multiply_elements(states, stack.recurrent_mask, masked.data(), p.layers * p.directions * p.B * p.output_size());
+  return masked.data();
 }
 
 // h_n: the output of each row's last step.
@@ -307,7 +325,8 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * chunk_rows * gate_columns : 0);
   const int64_t width_h = terms<A>(P), width_hidden = terms<A>(H);
   const Buffer<A> hidden = zeroed_pairs<A>(p.P > 0 ? p.directions * p.B * width_hidden : 0);
-  const Buffer<A> two_steps_h = zeroed_pairs<A>(kFullPrecision<T, A> ? 0 : p.directions * 2 * p.B * width_h);
+  const bool two_forms = !kFullPrecision<T, A> || stack.recurrent_mask;  // what is multiplied is not y itself
+  const Buffer<A> two_steps_h = zeroed_pairs<A>(two_forms ? p.directions * 2 * p.B * width_h : 0);
   const bool restarts = stack.restarts[0] || stack.restarts[1];
   const Buffer<A> restarted_h(restarts ? p.directions * p.B * width_h : 0);
   const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
@@ -318,10 +337,17 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       packed ? packed_gates_size(k, H, (fused_input ? terms<A>(widest_input) : 0) + terms<A>(P)) : 0;
   const int64_t hr_size = packed && p.P > 0 ? packed_columns_size(k, H, P) : 0;
   const Buffer<A> packs(p.directions * (ih_size + gates_size + hr_size));
-  Factors<T, A> h_0_factors(k), x_factors(k);
-  const A* const h_0 = h_0_factors.of(stack.h_0, p.layers * p.directions * p.B, P);
+  Factors<T, A> h_0_factors(k), reset_factors(k), x_factors(k);
+  const int64_t states = p.layers * p.directions * p.B, masked_size = stack.recurrent_mask ? states * P : 0;
+  const Buffer<T> masked_h_0(masked_size), masked_reset_h(stack.reset_h ? masked_size : 0);
+  const A* const h_0 = h_0_factors.of(masked_states(stack, stack.h_0, masked_h_0), states, P);
+  const T* const masked_reset = masked_states(stack, stack.reset_h, masked_reset_h);
+  const A* const reset_h = masked_reset ? reset_factors.of(masked_reset, states, P) : nullptr;
+  const Buffer<T> zeros(restarts ? P : 0);
+  std::fill_n(zeros.data(), restarts ? P : 0, T(0));
 
-  std::copy_n(stack.c_0, p.layers * p.directions * p.B * H, stack.c_n);
+  std::copy_n(stack.c_0, states * H, stack.c_n);
+  const int64_t first_returned = (p.layers - stack.cell_layers) * p.directions;  // of the cell states that are returned
   const T* input = stack.x;
   for (int64_t layer = 0; layer < p.layers; ++layer) {
     const int64_t I = stack.input_size(layer);
@@ -368,17 +394,26 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.packed_hr = hr_size > 0 ? pack_hr : nullptr;
       task.bias = direction_bias;
       task.h_0 = h_0 + index * p.B * width_h;
+      task.reset_h = reset_h ? reset_h + index * p.B * width_h : nullptr;
+      task.reset_c = stack.reset_c ? stack.reset_c + index * p.B * H : nullptr;
       task.restarted_h = restarts ? restarted_h.data() + d * p.B * width_h : nullptr;
       task.c = stack.c_n + index * p.B * H;
       task.hidden = p.P > 0 ? hidden.data() + d * p.B * width_hidden : nullptr;
       task.y = output + d * P;
       task.y_stride = width;
-      if constexpr (kFullPrecision<T, A>)
-        task.h = {task.y, width, 0, 0};
-      else
+      if (two_forms)
         task.h = {two_steps_h.data() + d * 2 * p.B * width_h, width_h, p.B, 0};
+      else if constexpr (kFullPrecision<T, A>)
+        task.h = {task.y, width, 0, 0};
+      task.recurrent_mask = stack.recurrent_mask ? stack.recurrent_mask + index * p.B * P : nullptr;
+      task.zoneout_h = block_of(stack.zoneout_h, index, N * P);
+      task.zoneout_c = block_of(stack.zoneout_c, index, N * H);
+      task.initial_h = stack.h_0 + index * p.B * P;
+      task.kept_h_of_restart = stack.reset_h ? stack.reset_h + index * p.B * P : zeros.data();
+      task.kept_h_stride = stack.reset_h ? P : 0;
       task.gates = saved_gates;
-      task.cells = stack.cells ? stack.cells + index * N * H : nullptr;
+      T* const cell_states = index >= first_returned ? stack.cell_states + (index - first_returned) * N * H : nullptr;
+      task.cells = stack.cells ? stack.cells + index * N * H : cell_states;
       tasks.push_back(task);
     }
     for_each_chunk(p.T, chunk_steps, [&](Range steps) {
@@ -397,8 +432,12 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
             forward_stepwise(tasks[d], stack.weights[layer * p.directions + d].w_hr, k, steps);
       if (plan.family != Family::kStepwise) forward_steps(tasks, k, plan, steps);
     });
-    for (int64_t d = 0; d < p.directions; ++d)
-      copy_final_states(tasks[d], stack.h_n + (layer * p.directions + d) * p.B * P);
+    for (int64_t d = 0; d < p.directions; ++d) {
+      const int64_t index = layer * p.directions + d;
+      copy_final_states(tasks[d], stack.h_n + index * p.B * P);
+      if (stack.cells && index >= first_returned)
+        std::copy_n(tasks[d].cells, N * H, stack.cell_states + (index - first_returned) * N * H);
+    }
 
     input = output;
     if (stack.dropout_mask && layer < inner_layers) {
@@ -489,8 +528,7 @@ void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w
     const int64_t rows = schedule.active(t);
     matmul<T>(dense(task.d_h, rows, task.P), dense<const T>(task.d_gates_terms.at(schedule, t), rows, columns),
               dense(w.w_hh, columns, task.P));
-    for (int64_t b = 0; b < rows; ++b)
-      if (task.restarts_row(schedule.offsets[t] + b)) std::fill_n(task.d_h + b * task.P, task.P, T(0));
+    k.finish_recurrent(task, t, {0, rows}, {0, column_panels(k, task.P)});
   };
   for (int64_t s = steps.begin; s < steps.end; ++s) {
     const int64_t t = backward_step(task, s), rows = schedule.active(t);
@@ -515,12 +553,33 @@ std::vector<const T*> previous_rows(const BackwardTask<T, A>& task, const T* y, 
     const int64_t previous = task.previous(t);
     for (int64_t b = 0; b < schedule.active(t); ++b) {
       const int64_t row = schedule.offsets[t] + b;
-      rows[row] = task.restarts_row(row)          ? task.zeros
+      rows[row] = task.restarts_row(row)          ? task.reset_h_of(b)
                   : b < schedule.active(previous) ? y + (schedule.offsets[previous] + b) * y_stride
                                                   : h_0 + b * task.P;
     }
   }
   return rows;
+}
+
+// Copies of these rows of K values.
+template <class T>
+void gather_rows(const T* const* from, int64_t rows, int64_t K, T* to) {
+  parallel(rows, kElementwiseGrain / K + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) std::copy_n(from[r], K, to + r * K);
+  });
+}
+
+// h_{t-1} of the rows of a chunk as the recurrent product read it, [rows, P].
+template <class T, class A>
+void gather_factors(const BackwardTask<T, A>& task, const std::vector<const T*>& h_rows, Range rows, T* to) {
+  gather_rows(h_rows.data() + rows.begin, rows.end - rows.begin, task.P, to);
+  if (!task.recurrent_mask) return;
+  const Schedule& schedule = *task.schedule;
+  for (int64_t t = 0; t < schedule.steps(); ++t) {
+    if (schedule.offsets[t] < rows.begin || schedule.offsets[t] >= rows.end) continue;
+    T* const of_step = to + (schedule.offsets[t] - rows.begin) * task.P;
+    multiply_elements<T>(of_step, task.recurrent_mask, of_step, schedule.active(t) * task.P);
+  }
 }
 
 // One right factor of weight gradients that share their left factor.
@@ -575,6 +634,95 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
   });
 }
 
+// The same for each group of rows apart, whose gradients lie one behind the other; all rows are one if there are none.
+template <class T, class A>
+void grouped_weight_gradients(const Kernels<T, A>& k, const std::vector<std::vector<int64_t>>& groups, const T* left,
+                              int64_t N, int64_t columns, const std::vector<RightFactor<T>>& rights, T* sums,
+                              bool accumulate) {
+  if (groups.empty()) {
+    weight_gradients(k, left, N, columns, rights, sums, accumulate);
+    return;
+  }
+  const Buffer<T> own_left(N * columns);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const auto rows = static_cast<int64_t>(groups[g].size());
+    const auto group = static_cast<int64_t>(g);
+    const auto of_group = [&](const auto& row) {
+      std::vector<const T*> pointers;
+      for (const int64_t r : groups[g]) pointers.push_back(row(r));
+      return pointers;
+    };
+    gather_rows(of_group([&](int64_t r) { return left + r * columns; }).data(), rows, columns, own_left.data());
+    std::vector<std::vector<const T*>> right_rows;
+    std::vector<RightFactor<T>> own_rights;
+    for (const RightFactor<T>& right : rights) {
+      right_rows.push_back(of_group([&](int64_t r) { return right.rows[r]; }));
+      const int64_t size = columns * right.columns;
+      own_rights.push_back({right_rows.back().data(), right.columns, right.out + group * size});
+      if (rows == 0) zero_elements(own_rights.back().out, size);
+    }
+    T* const own_sums = sums ? sums + group * columns : nullptr;
+    if (rows == 0 && sums) zero_elements(own_sums, columns);
+    weight_gradients(k, own_left.data(), rows, columns, own_rights, own_sums, false);
+  }
+}
+
+// The rows of all steps, by the group of their sequence.
+std::vector<std::vector<int64_t>> rows_of_groups(const Schedule& schedule, int64_t groups,
+                                                 const std::vector<int64_t>& group_of) {
+  std::vector<std::vector<int64_t>> rows(groups);
+  for (int64_t t = 0; t < schedule.steps(); ++t)
+    for (int64_t b = 0; b < schedule.active(t); ++b) rows[group_of[b]].push_back(schedule.offsets[t] + b);
+  return rows;
+}
+
+// The gates of a layer, computed again for a chunk of steps. All h_{t-1} are known by then, so that these are products
+// of all rows at once.
+template <class T, class A>
+class GatesAgain {
+ public:
+  GatesAgain(const Kernels<T, A>& k, const Problem& p, int64_t chunk_rows, int64_t widest_input)
+      : k_(k),
+        H_(p.H),
+        P_(p.output_size()),
+        rows_(chunk_rows),
+        ih_size_(packed_columns_size(k, widest_input, kGates * p.H)),
+        hh_size_(packed_columns_size(k, P_, kGates * p.H)),
+        bias_size_(unit_blocks(k, p.H) * kGates * k.lanes),
+        packs_(p.directions * (ih_size_ + hh_size_)),
+        biases_(p.directions * bias_size_),
+        gates_(p.directions * chunk_rows * kGates * p.H),
+        factors_(k) {}
+
+  void pack(int64_t direction, const Weights<const T>& w, int64_t I) {
+    A* const ih = packs_.data() + direction * (ih_size_ + hh_size_);
+    const int64_t columns = kGates * H_, panels = column_panels(k_, columns);
+    pack_panels(panels, columns * I, [&](Range r) { k_.pack_transposed(w.w_ih, I, columns, ih, r); });
+    pack_panels(panels, columns * P_, [&](Range r) { k_.pack_transposed(w.w_hh, P_, columns, ih + ih_size_, r); });
+    k_.pack_bias(w.b_ih, w.b_hh, H_, biases_.data() + direction * bias_size_);
+  }
+
+  // [rows, 4H], of x [rows, I] and h_before [rows, P].
+  const T* compute(int64_t direction, const T* x, int64_t I, const T* h_before, int64_t rows) {
+    const A* const ih = packs_.data() + direction * (ih_size_ + hh_size_);
+    const int64_t columns = kGates * H_;
+    T* const gates = gates_.data() + direction * rows_ * columns;
+    multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, gates, false);
+    multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), ih + ih_size_, columns, gates, true);
+    const T* const bias = biases_.data() + direction * bias_size_;
+    parallel(rows, kElementwiseGrain / columns + 1,
+             [&](int64_t begin, int64_t end) { k_.activate_gates(bias, H_, {begin, end}, gates); });
+    return gates;
+  }
+
+ private:
+  const Kernels<T, A>& k_;
+  const int64_t H_, P_, rows_, ih_size_, hh_size_, bias_size_;
+  const Buffer<A> packs_;
+  const Buffer<T> biases_, gates_;
+  Factors<T, A> factors_;
+};
+
 // d_x (+)= d_gates W_ih for the rows of a chunk, from their first.
 template <class T, class A>
 void input_gradient(const Kernels<T, A>& k, const BackwardTask<T, A>& task, const T* w_ih, const A* packed_ih,
@@ -599,7 +747,8 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P, columns = kGates * H;
   const bool packed = plan.family == Family::kPacked, projected = p.P > 0, inner = p.layers > 1;
 
-  const int64_t chunk_steps = steps_of_chunk(p), chunk_rows = chunk_steps * p.B;
+  const bool grouped = stack.groups > 1;  // a group's gradient is made once, of all its rows
+  const int64_t chunk_steps = grouped ? p.T : steps_of_chunk(p), chunk_rows = chunk_steps * p.B;
   const Buffer<T> d_gates(p.directions * chunk_rows * columns), hidden(projected ? p.directions * chunk_rows * H : 0);
   const Buffer<T> d_projected(projected ? p.directions * chunk_rows * P : 0);
   const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
@@ -617,12 +766,22 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const Buffer<A> two_steps_d_projected(projected ? two_steps * width_projected : 0);
   const Buffer<T> d_outputs(inner ? 2 * N * width : 0);  // gradients of the lower layers' outputs, two in turn
   const Buffer<T> dropped(inner && stack.dropout_mask ? N * width : 0);
-  const Buffer<T> zeros(stack.restarts[0] || stack.restarts[1] ? H : 0);
-  std::fill_n(zeros.data(), zeros.data() ? H : 0, T(0));
+  const bool restarts = stack.restarts[0] || stack.restarts[1];
+  const Buffer<T> zeros(restarts ? H : 0);
+  std::fill_n(zeros.data(), restarts ? H : 0, T(0));
+  const Buffer<T> kept_d_h(stack.zoneout_h.active() ? p.directions * p.B * P : 0);
+  // What the recurrent product read, where it does not stand in y or has to be multiplied again.
+  const bool gathered = stack.recurrent_mask || !stack.gates;
+  const Buffer<T> h_before(gathered ? p.directions * chunk_rows * P : 0);
+  std::optional<GatesAgain<T, A>> gates_again;
+  if (!stack.gates) gates_again.emplace(k, p, chunk_rows, widest_input);
+  const auto groups =
+      grouped ? rows_of_groups(*stack.schedule, stack.groups, stack.group_of) : std::vector<std::vector<int64_t>>();
+  const int64_t first_returned = (p.layers - stack.cell_layers) * p.directions;  // of the cell states that are returned
 
   // Layers below the lowest one that needs a gradient are not visited.
   int64_t lowest = 0;
-  if (!stack.d_x && !stack.needs_d_h_0) {
+  if (!stack.d_x && !stack.needs_d_h_0) {  // the latter also where reset states need gradients
     const auto needed = [](const Weights<T>& w) { return w.w_ih || w.w_hh || w.b_ih || w.b_hh || w.w_hr; };
     const auto first = std::find_if(stack.d_weights.begin(), stack.d_weights.end(), needed);
     lowest = (first - stack.d_weights.begin()) / p.directions;
@@ -658,15 +817,25 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       task.reverse = d == 1;
       task.H = H;
       task.P = P;
-      task.gates = stack.gates + index * N * columns;
+      task.gates = stack.gates ? stack.gates + index * N * columns : nullptr;
       task.cells = stack.cells + index * N * H;
-      task.zeros = zeros.data();
+      task.resets_to_zero = !stack.reset_h;
+      task.reset_h = stack.reset_h ? stack.reset_h + index * p.B * P : zeros.data();
+      task.reset_c = stack.reset_c ? stack.reset_c + index * p.B * H : zeros.data();
       task.c_0 = stack.c_0 + index * p.B * H;
       task.w_hh = plan.family == Family::kUnpacked ? w.w_hh : nullptr;
       task.packed_hh = hh_size > 0 ? pack_hh : nullptr;
       task.packed_hr = hr_size > 0 ? pack_hr : nullptr;
       task.d_y = d_output ? d_output + d * P : nullptr;
       task.d_y_stride = width;
+      if (stack.d_cell_states && index >= first_returned)
+        task.d_cells = stack.d_cell_states + (index - first_returned) * N * H;
+      task.recurrent_mask = stack.recurrent_mask ? stack.recurrent_mask + index * p.B * P : nullptr;
+      task.zoneout_h = block_of(stack.zoneout_h, index, N * P);
+      task.zoneout_c = block_of(stack.zoneout_c, index, N * H);
+      task.kept_d_h = stack.zoneout_h.active() ? kept_d_h.data() + d * p.B * P : nullptr;
+      task.d_reset_h = stack.d_reset_h ? stack.d_reset_h + index * p.B * P : nullptr;
+      task.d_reset_c = stack.d_reset_c ? stack.d_reset_c + index * p.B * H : nullptr;
       task.d_h = stack.d_h + index * p.B * P;
       task.d_c = stack.d_c + index * p.B * H;
       task.d_hidden = projected ? d_hidden.data() + d * p.B * H : nullptr;
@@ -683,6 +852,7 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
           task.d_projected_terms = {two_steps_d_projected.data() + first_row * width_projected, width_projected, p.B,
                                     0};
       }
+      if (gates_again) gates_again->pack(d, w, I);
       tasks.push_back(task);
       h_rows.push_back(previous_rows(task, output + d * P, width, stack.h_0 + index * p.B * P));
     }
@@ -696,6 +866,15 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       };
       for (BackwardTask<T, A>& task : tasks)
         task.first = task.d_gates_terms.first = task.d_projected_terms.first = rows_of(task).begin;
+      for (int64_t d = 0; d < p.directions && gathered; ++d) {
+        BackwardTask<T, A>& task = tasks[d];
+        const Range rows = rows_of(task);
+        T* const own_h = h_before.data() + d * chunk_rows * P;
+        gather_factors(task, h_rows[d], rows, own_h);
+        if (!gates_again) continue;
+        task.gates = gates_again->compute(d, input + rows.begin * I, I, own_h, rows.end - rows.begin);
+        task.gates_first = rows.begin;
+      }
       const bool needs_d_h = steps.end < p.T || stack.needs_d_h_0;
       if constexpr (kFullPrecision<T, A>)
         if (plan.family == Family::kStepwise)
@@ -713,15 +892,18 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
                          d_input + first * I, both_add);
         // The two biases are added, so their gradients are the same sum over all rows.
         T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
+        const std::vector<const T*> own_h_rows =
+            gathered ? row_pointers<T>(h_before.data() + d * chunk_rows * P, rows, P) : std::vector<const T*>();
         std::vector<RightFactor<T>> rights;
         if (d_w.w_ih) rights.push_back({x_rows.data() + first, I, d_w.w_ih});
-        if (d_w.w_hh) rights.push_back({h_rows[d].data() + first, P, d_w.w_hh});
-        weight_gradients(k, task.d_gates, rows, columns, rights, d_bias, steps.begin > 0);
-        if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, columns, d_w.b_hh);
+        if (d_w.w_hh) rights.push_back({gathered ? own_h_rows.data() : h_rows[d].data() + first, P, d_w.w_hh});
+        const bool accumulate = steps.begin > 0;
+        grouped_weight_gradients(k, groups, task.d_gates, rows, columns, rights, d_bias, accumulate);
+        if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, stack.groups * columns, d_w.b_hh);
         if (d_w.w_hr) {
           const std::vector<const T*> hidden_rows = row_pointers<T>(task.hidden, rows, H);
-          weight_gradients<T, A>(k, task.d_projected, rows, P, {{hidden_rows.data(), H, d_w.w_hr}}, nullptr,
-                                 steps.begin > 0);
+          grouped_weight_gradients<T, A>(k, groups, task.d_projected, rows, P, {{hidden_rows.data(), H, d_w.w_hr}},
+                                         nullptr, accumulate);
         }
       }
     });

@@ -33,6 +33,9 @@ struct StackInputs {
   const T* h_0;                           // [L*D, B, P]
   const T* c_0;                           // [L*D, B, H]
   const T* dropout_mask;                  // [L-1, N, D*P], factors on the input of layer l+1; or null
+  const T* recurrent_mask;                // [L*D, B, P], factors on h_{t-1} as it is multiplied; or null
+  const T *reset_h, *reset_c;             // [L*D, B, P], [L*D, B, H], states of a restart; or null: zero
+  Zoneout<T> zoneout_h, zoneout_c;        // of [L*D, N, P] and [L*D, N, H]
 
   int64_t input_size(int64_t layer) const {
     return layer == 0 ? problem->I : problem->directions * problem->output_size();
@@ -47,20 +50,27 @@ struct StackForward : StackInputs<T> {
   T* gates;          // [L*D, N, 4H], saved for backward; null in inference
   T* cells;          // [L*D, N, H], likewise
   T* layer_outputs;  // [L-1, N, D*P], undropped outputs of the lower layers, likewise
+  T* cell_states;    // [cell_layers * D, N, H], c_t of the highest layers; null if there are none
+  int64_t cell_layers;
 };
 
 template <class T>
 struct StackBackward : StackInputs<T> {
-  const T* y;  // as the forward pass made them
-  const T* gates;
+  const T* y;      // as the forward pass made them
+  const T* gates;  // null: computed again
   const T* cells;
   const T* layer_outputs;
+  const T* d_cell_states;  // [cell_layers * D, N, H], or null: zero
+  int64_t cell_layers;
   const T* d_y;  // [N, D*P], or null: zero
   T* d_x;        // [N, I], or null: not needed
   T* d_h;        // [L*D, B, P]: d_h_n on entry, d_h_0 on exit
   T* d_c;        // [L*D, B, H]: d_c_n on entry, d_c_0 on exit
   bool needs_d_h_0;
-  std::vector<Weights<T>> d_weights;  // [L * D], null where not needed
+  T *d_reset_h, *d_reset_c;           // [L*D, B, P], [L*D, B, H], where gradients are added; or null: not needed
+  std::vector<Weights<T>> d_weights;  // [L * D], each [groups, ...], null where not needed
+  int64_t groups;                     // of sequences: each has weight gradients of its own
+  std::vector<int64_t> group_of;      // [B], in ascending rows of a step; may be empty if there is one
 };
 
 // A forward or backward pass. A: what products are taken of, as plan.products says; see kernels.h.

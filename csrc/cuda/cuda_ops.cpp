@@ -586,13 +586,25 @@ void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_b
 
 }  // namespace
 
-ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                   const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                   bool reduced_products, bool save) {
-  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
+namespace {
+
+// What the kernels of the CPU have and these do not.
+void refuse_what_is_missing(const Call& call, bool cell_states, bool recompute, int64_t groups) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!call.reset_h && !call.recurrent_mask && !call.zoneout_h && !call.zoneout_c &&
+                                  call.zoneout_rate_h == 0 && call.zoneout_rate_c == 0 && !cell_states && !recompute &&
+                                  groups == 1,
+                              "reset_hx, recurrent_dropout, zoneout, return_cell_states, recompute and gradients per "
+                              "sample have no CUDA kernels yet; move module and tensors to the CPU");
+}
+
+}  // namespace
+
+ForwardResult lstm(const Call& call, const Wanted& wanted) {
+  refuse_what_is_missing(call, wanted.cell_layers > 0, wanted.recompute, 1);
+  const Tensor& x = call.x;
+  const bool save = wanted.save;
   const Arguments a = parse(call, save);
+  check_wanted(a, wanted);
   const at::OptionalDeviceGuard guard(x.device());
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
@@ -629,19 +641,16 @@ ForwardResult lstm(const Tensor& x, at::TensorList weights, const Tensor& h_0, c
     }
   }
   const auto as_states = [&](const Tensor& t) { return t.reshape(a.states.then(t.size(-1))); };
-  return {y.reshape(a.rows.then(width)), as_states(h_n), as_states(c_n), std::move(saved)};
+  return {y.reshape(a.rows.then(width)), as_states(h_n), as_states(c_n), std::move(saved), {}};
 }
 
-BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
-                             const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                             const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
-                             const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                             const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional, bool has_bias,
-                             bool reduced_products, at::IntArrayRef needs) {
-  const Call call = {x,          weights,      h_0,        c_0,           batch_sizes, lengths,
-                     reset_mask, dropout_mask, num_layers, bidirectional, has_bias,    reduced_products};
+BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
+  refuse_what_is_missing(call, backward.d_cell_states.has_value(), false, backward.groups);
+  const Tensor& x = call.x;
+  const at::TensorList weights = call.weights, saved = backward.saved;
+  const at::IntArrayRef needs = backward.needs;
   const Arguments a = parse(call, true);
-  check_backward(a, call, {d_y, d_h_n, d_c_n, y, saved, needs}, a.type);
+  check_backward(a, call, backward, a.type);
   const at::OptionalDeviceGuard guard(x.device());
   const Problem& p = a.problem;
   const Tensor nothing = at::empty({0}, x.options());
@@ -650,22 +659,22 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
     for (size_t i = 0; i < weights.size(); ++i)
       if (needs[2 + i]) d_weights[i] = weights[i].new_zeros(weights[i].sizes());
     const auto like = [&](const Tensor& t, bool needed) { return needed ? t.new_empty(t.sizes()) : nothing; };
-    return {like(x, needs[0]), like(h_0, needs[1]), like(c_0, needs[1]), std::move(d_weights)};
+    return {like(x, needs[0]), like(call.h_0, needs[1]), like(call.c_0, needs[1]), std::move(d_weights), {}};
   }
   const Stack s(a, call);
   const PassPlan plan = plan_backward(p, s.element, s.limits, s.constraints);
   const auto given = [&](const OptionalTensor& t) { return t ? s.states(*t) : Tensor(); };
   const Tensor d_h_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.output_size()}) : Tensor(),
                d_c_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.H}) : Tensor();
-  const Tensor initial_d_h = given(d_h_n), initial_d_c = given(d_c_n);
+  const Tensor initial_d_h = given(backward.d_h_n), initial_d_c = given(backward.d_c_n);
   Tensor d_x = nothing;
-  Tensor d_y_of_layer = d_y ? s.rows(*d_y) : Tensor();
+  Tensor d_y_of_layer = backward.d_y ? s.rows(*backward.d_y) : Tensor();
   for (int64_t first = p.layers - 1; first >= 0; first -= plan.layers) {
     std::vector<LayerBackward> layers;
     for (int64_t l = first; l > std::max<int64_t>(first - plan.layers, -1); --l) {
       LayerBackward layer = {l,
                              l == 0 ? s.x : saved[2][l - 1],
-                             l == p.layers - 1 ? s.rows(y) : saved[2][l],
+                             l == p.layers - 1 ? s.rows(backward.y) : saved[2][l],
                              l == first ? d_y_of_layer : s.empty({p.N, s.width()}),
                              saved[0],
                              saved[1],
@@ -703,14 +712,14 @@ BackwardResult lstm_backward(const OptionalTensor& d_y, const OptionalTensor& d_
       d_y_of_layer = input_of_layer(s, lowest.index, d_input, {0, p.N});  // through the same dropout
   }
   const auto as_states = [&](const Tensor& t) { return t.defined() ? t.reshape(a.states.then(t.size(-1))) : nothing; };
-  return {d_x, as_states(d_h_0), as_states(d_c_0), std::move(d_weights)};
+  return {d_x, as_states(d_h_0), as_states(d_c_0), std::move(d_weights), {}};
 }
 
 }  // namespace fastlstm::cuda
 
 #ifndef FASTLSTM_EMULATE_CUDA  // the tests of the emulation register the operators for themselves
 TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
-  m.impl("lstm", fastlstm::cuda::lstm);
-  m.impl("lstm_backward", fastlstm::cuda::lstm_backward);
+  m.impl("lstm", fastlstm::forward_kernel<fastlstm::cuda::lstm>);
+  m.impl("lstm_backward", fastlstm::backward_kernel<fastlstm::cuda::lstm_backward>);
 }
 #endif

@@ -6,7 +6,7 @@
 
 namespace fastlstm::cuda {
 
-Forward lstm;
-Backward lstm_backward;
+ForwardResult lstm(const Call& call, const Wanted& wanted);
+BackwardResult lstm_backward(const Call& call, const BackwardCall& backward);
 
 }  // namespace fastlstm::cuda

@@ -190,11 +190,11 @@ def computed(case: Case, inputs: Inputs, backward: bool = True, forward_family: 
     emulated.poison(case.poison)
     emulated.seed(case.seed)
     with emulated.force(forward_family or case.family, *case.forward_shape):
-        *outputs, saved = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+        *outputs, saved, _ = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
     if not backward:
         return dict(zip(names_of(case), outputs, strict=False))
     with emulated.force(case.family, *case.backward_shape):
-        *gradients, weights = emulated.lstm_backward(
+        *gradients, weights, _ = emulated.lstm_backward(
             inputs.gradients,
             *(inputs.x, inputs.weights, inputs.h_0, inputs.c_0),
             *(outputs[0], saved, inputs.needs),

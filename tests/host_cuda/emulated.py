@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from fastlstm._ops import Options  # with it, fastlstm registers the operators whose schemas the emulated ones copy
+from fastlstm._operators import NO_EXTRAS, Options  # it registers the operators whose schemas the emulated ones copy
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
@@ -149,15 +149,20 @@ def plan(backward: bool, element: str, T: int, B: int, H: int, P: int = 0, L: in
 NO_OPTIONS = Options(None, None, None, None, 1, bidirectional=False, has_bias=True, reduced_products=True)
 
 
+def _all_options(given: dict[str, Any]) -> Options:
+    extras = {name: value for name, value in given.items() if name in NO_EXTRAS._fields}
+    others = {name: value for name, value in given.items() if name not in extras}
+    return NO_OPTIONS._replace(**others, extras=NO_EXTRAS._replace(**extras))
+
+
 def lstm(
     x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, *, save: bool = True, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """fastlstm::lstm as a GPU would compute it: ``(y, h_n, c_n, saved)``.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """fastlstm::lstm as a GPU would compute it: ``(y, h_n, c_n, saved, cell_states)``.
 
-    ``options``: those of :class:`fastlstm._ops.Options` that are not as in NO_OPTIONS.
+    ``options``: those of ``Options`` and ``Extras`` in :mod:`fastlstm._operators` that are not as in NO_OPTIONS.
     """
-    all_options = NO_OPTIONS._replace(**options)
-    return torch.ops.fastlstm_emulated.lstm(x, list(weights), h_0, c_0, *all_options, save)
+    return torch.ops.fastlstm_emulated.lstm(x, list(weights), h_0, c_0, *_all_options(options).of_forward(save))
 
 
 def lstm_backward(
@@ -170,12 +175,11 @@ def lstm_backward(
     saved: Sequence[Tensor],
     needs: Sequence[int],
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """fastlstm::lstm_backward as a GPU would compute it: ``(d_x, d_h_0, d_c_0, d_weights)``.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """fastlstm::lstm_backward as a GPU would compute it: ``(d_x, d_h_0, d_c_0, d_weights, d_resets)``.
 
     ``gradients``: those of y, h_n and c_n. ``options``: as of :func:`lstm`.
     """
-    all_options = NO_OPTIONS._replace(**options)
     return torch.ops.fastlstm_emulated.lstm_backward(
-        *gradients, x, list(weights), h_0, c_0, y, list(saved), *all_options, list(needs)
+        *gradients, x, list(weights), h_0, c_0, y, list(saved), *_all_options(options).of_backward(needs)
     )

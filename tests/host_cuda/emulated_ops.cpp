@@ -187,6 +187,6 @@ TORCH_LIBRARY(fastlstm_emulated, m) {
 
 TORCH_LIBRARY_IMPL(fastlstm_emulated, CPU, m) {
   using namespace fastlstm::cuda;
-  m.impl("lstm", InMemory<decltype(lstm)>::call<lstm>);
-  m.impl("lstm_backward", InMemory<decltype(lstm_backward)>::call<lstm_backward>);
+  m.impl("lstm", InMemory<Forward>::call<forward_kernel<lstm>>);
+  m.impl("lstm_backward", InMemory<Backward>::call<backward_kernel<lstm_backward>>);
 }
