@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastlstm
 from fastlstm import _ops, reference
+from fastlstm._operators import Extras, Options, reference_of_options
 from fastlstm.bench.workload import permit_bf16_products
 from fastlstm.verify import compare
 
@@ -33,7 +34,8 @@ class Case:
     """One problem of the operator.
 
     ``lengths`` are those of the B sequences: of a packed sequence if they are sorted, of a padded batch if not.
-    ``resets`` is the share of steps that a reset mask marks.
+    ``resets`` is the share of steps that a reset mask marks. ``extras``: "reset_hx", "recurrent_mask", "zoneout" with
+    masks, "average" for zoneout with rates, "cells" of all layers or "last_cells", "recompute".
     """
 
     T: int
@@ -47,12 +49,13 @@ class Case:
     lengths: tuple[int, ...] = ()
     resets: float = 0
     dropout: bool = False
+    extras: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         flags = [f"P{self.P}"] * (self.P > 0) + ["nobias"] * (not self.bias) + ["dropout"] * self.dropout
         flags += ["packed"] * self.packed + ["lengths"] * (bool(self.lengths) and not self.packed)
-        flags += ["resets"] * bool(self.resets) + [str(self.dtype).removeprefix("torch.")]
+        flags += ["resets"] * bool(self.resets) + [*self.extras] + [str(self.dtype).removeprefix("torch.")]
         return "-".join([f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.L}-D{self.D}", *flags])
 
     @property
@@ -87,6 +90,23 @@ CASES = [
     # More rows than a chunk of a backward pass has: 4 and 3 steps, then 2, 2 and 1.
     Case(T=7, B=250, I=3, H=5, P=2, L=2, D=2, dropout=True),
     Case(T=5, B=400, I=4, H=6, D=2, lengths=(5,) * 99 + (4,) * 101 + (2,) * 199 + (1,), resets=0.1),
+    Case(T=6, B=5, I=7, H=18, resets=0.3, extras=("reset_hx", "recurrent_mask", "zoneout")),
+    Case(T=5, B=4, I=5, H=19, P=6, L=2, D=2, resets=0.3, extras=("reset_hx", "recurrent_mask", "zoneout", "cells")),
+    Case(T=7, B=4, I=3, H=9, D=2, lengths=(7, 4, 4, 1), resets=0.3, extras=("reset_hx", "zoneout", "recompute")),
+    Case(
+        T=7,
+        B=5,
+        I=5,
+        H=10,
+        L=3,
+        lengths=(3, 0, 7, 1, 5),
+        resets=0.3,
+        extras=("recurrent_mask", "zoneout", "last_cells"),
+    ),
+    Case(T=6, B=6, I=5, H=17, L=2, D=2, resets=0.4, dropout=True, extras=("average", "reset_hx", "cells", "recompute")),
+    Case(T=3, B=4, I=4, H=13, P=5, bias=False, extras=("recompute", "zoneout", "last_cells")),
+    Case(T=1, B=2, I=4, H=7, resets=1, extras=("reset_hx", "recurrent_mask", "zoneout", "cells")),
+    Case(T=7, B=250, I=3, H=5, L=2, resets=0.1, extras=("reset_hx", "recurrent_mask", "recompute")),
 ]
 FORCED = [(plan, isa) for plan in fastlstm.plans() for isa in fastlstm.available_isas()]
 
@@ -104,6 +124,7 @@ class Problem:
     lengths: Tensor | None
     reset_mask: Tensor | None
     dropout_mask: Tensor | None
+    extras: Extras
 
     @classmethod
     def of(cls, case: Case) -> Problem:
@@ -128,6 +149,22 @@ class Problem:
             weights += [draw(4 * case.H), draw(4 * case.H)] * case.bias
             weights += [draw(case.P, case.H) * scale] * (case.P > 0)
         keep = torch.rand((case.L - 1, *shape, case.D * out), generator=generator) < 0.7
+
+        def marks(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator) < 0.4
+
+        has = {name: name in case.extras for name in ("reset_hx", "recurrent_mask", "zoneout", "average", "recompute")}
+        extras = Extras(
+            reset_h=draw(states, case.B, out) if has["reset_hx"] else None,
+            reset_c=draw(states, case.B, case.H) if has["reset_hx"] else None,
+            recurrent_mask=(marks(states, case.B, out) * 2.5).to(case.dtype) if has["recurrent_mask"] else None,
+            zoneout_h=marks(states, *shape, out) if has["zoneout"] else None,
+            zoneout_c=marks(states, *shape, case.H) if has["zoneout"] else None,
+            zoneout_rate_h=0.25 if has["average"] else 0.0,
+            zoneout_rate_c=0.125 if has["average"] else 0.0,
+            cell_layers=case.L if "cells" in case.extras else int("last_cells" in case.extras),
+            recompute=has["recompute"],
+        )
         return cls(
             case=case,
             x=draw(*shape, case.I),
@@ -138,6 +175,7 @@ class Problem:
             lengths=lengths,
             reset_mask=torch.rand(shape, generator=generator) < case.resets if case.resets else None,
             dropout_mask=(keep / 0.7).to(case.dtype) if case.dropout else None,
+            extras=extras,
         )
 
     @property
@@ -155,32 +193,36 @@ class Problem:
 
     def solve(self, function: object, dtype: torch.dtype) -> dict[str, Tensor]:
         """Outputs and all gradients of ``function``, computed in ``dtype`` from the same values."""
-        inputs = [self.x, self.h_0, self.c_0, *self.weights]
-        x, h_0, c_0, *weights = (t.detach().to(dtype).requires_grad_() for t in inputs)
+        resets = [t for t in (self.extras.reset_h, self.extras.reset_c) if t is not None]
+        inputs = [self.x, self.h_0, self.c_0, *self.weights, *resets]
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        x, h_0, c_0, *others = leaves
+        weights, resets = others[: len(self.weights)], others[len(self.weights) :]
+        extras = self.extras._replace(**dict(zip(("reset_h", "reset_c"), resets, strict=False)))
+        if extras.recurrent_mask is not None:
+            extras = extras._replace(recurrent_mask=extras.recurrent_mask.to(dtype))
         mask = None if self.dropout_mask is None else self.dropout_mask.to(dtype)
-        options = self.options | {"dropout_mask": mask}
+        options = self.options | {"dropout_mask": mask, "extras": extras}
         outputs = function(x, weights, h_0, c_0, **options)  # type: ignore[operator]
         generator = torch.Generator().manual_seed(2)
         drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
         d_outputs = [d.to(self.case.dtype).to(dtype) for d in drawn]
-        d_inputs = torch.autograd.grad(outputs, [x, h_0, c_0, *weights], d_outputs)
-        names = [
-            "y",
-            "h_n",
-            "c_n",
-            "d_x",
-            "d_h_0",
-            "d_c_0",
-            *(f"d_weights[{i}]" for i in range(len(weights))),
-        ]
+        d_inputs = torch.autograd.grad(outputs, leaves, d_outputs)
+        names = ["y", "h_n", "c_n", *["cells"] * (len(outputs) - 3), "d_x", "d_h_0", "d_c_0"]
+        names += [f"d_weights[{i}]" for i in range(len(weights))] + ["d_reset_h", "d_reset_c"][: len(resets)]
         return {name: t.detach() for name, t in zip(names, [*outputs, *d_inputs], strict=True)}
+
+
+def plain_pytorch(x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """The reference, called like `_ops.lstm`."""
+    return reference_of_options(x, weights, h_0, c_0, Options(**options, reduced_products=False))
 
 
 @functools.cache
 def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What plain PyTorch computes in the case's dtype, and the exact results."""
     problem = Problem.of(case)
-    return problem.solve(reference.lstm, case.dtype), problem.solve(reference.lstm, torch.float64)
+    return problem.solve(plain_pytorch, case.dtype), problem.solve(plain_pytorch, torch.float64)
 
 
 def check(case: Case) -> None:
@@ -241,7 +283,7 @@ def bf16_products(isa: str | None = None, split: str | None = None) -> Iterator[
 def test_bf16_products(case: Case, isa: str, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     full, exact = expected(case)
-    torchs = Problem.of(case).solve(reference.lstm, torch.bfloat16)
+    torchs = Problem.of(case).solve(plain_pytorch, torch.bfloat16)
     with bf16_products(isa):
         ours = Problem.of(case).solve(_ops.lstm, dtype)
     for name, tensor in ours.items():
