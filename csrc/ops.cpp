@@ -39,11 +39,14 @@
 // adjacent rows of the batch each.
 #include "ops.h"
 
+#include <ATen/LegacyVmapTransforms.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace fastlstm {
 
@@ -161,6 +164,36 @@ ForwardResult lstm_autograd(const Call& call, const Wanted& wanted) {
           std::move(cell_states)};
 }
 
+// For a batch of gradients of one forward pass, which autograd.grad(is_grads_batched=True) and vectorized Jacobians ask
+// for: a call for each of them.
+BackwardResult lstm_backward_batched(const Call& call, const BackwardCall& backward) {
+  const OptionalTensor* const given[] = {&backward.d_y, &backward.d_h_n, &backward.d_c_n, &backward.d_cell_states};
+  std::vector<Tensor> logical;
+  for (const OptionalTensor* gradient : given)
+    if (*gradient) logical.push_back(**gradient);
+  const auto views = at::MultiBatchVmapTransform::logicalToPhysical(logical);
+  TORCH_CHECK_NOT_IMPLEMENTED(!views.empty() && views[0].numBatchDims() == 1,
+                              "batches of batches of gradients; use torch.func.vmap");
+  std::vector<std::vector<Tensor>> results;  // by result, of each call
+  for (int64_t i = 0; i < views[0].tensor().size(0); ++i) {
+    OptionalTensor own[std::size(given)];
+    for (size_t g = 0, view = 0; g < std::size(given); ++g)
+      if (*given[g]) own[g] = views[view++].tensor()[i];
+    auto [d_x, d_h_0, d_c_0, d_weights, d_resets] = lstm_backward_operator(
+        call, {own[0], own[1], own[2], own[3], backward.y, backward.saved, backward.needs, backward.groups});
+    std::vector<Tensor> of_call = {std::move(d_x), std::move(d_h_0), std::move(d_c_0)};
+    of_call.insert(of_call.end(), d_weights.begin(), d_weights.end());
+    of_call.insert(of_call.end(), d_resets.begin(), d_resets.end());
+    results.resize(of_call.size());
+    for (size_t r = 0; r < of_call.size(); ++r) results[r].push_back(std::move(of_call[r]));
+  }
+  const auto logical_map = views[0].getPhysicalToLogicalMap();
+  std::vector<Tensor> stacked;
+  for (const std::vector<Tensor>& of_calls : results) stacked.push_back(logical_map.apply(at::stack(of_calls)));
+  const auto weights = stacked.begin() + 3, resets = weights + static_cast<int64_t>(call.weights.size());
+  return {stacked[0], stacked[1], stacked[2], {weights, resets}, {resets, stacked.end()}};
+}
+
 template <class Function>
 c10::TypedOperatorHandle<Function> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
@@ -212,3 +245,6 @@ TORCH_LIBRARY(fastlstm, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("lstm", fastlstm::forward_kernel<fastlstm::lstm_autograd>); }
+TORCH_LIBRARY_IMPL(fastlstm, Batched, m) {
+  m.impl("lstm_backward", fastlstm::backward_kernel<fastlstm::lstm_backward_batched>);
+}

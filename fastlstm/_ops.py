@@ -84,10 +84,9 @@ def _transformed(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weights, h_0, c_0, options = _cast(dtype, x, weights, h_0, c_0, options)
     with torch.autocast(x.device.type, enabled=False):
-        # Packed rows have no dimension of the batch, and numbers that are dual outside of torch.func cannot be nested.
-        if options.batch_sizes is not None or not torch._C._are_functorch_transforms_active():
-            return reference_of_options(x, weights, h_0, c_0, options)
-        return transforms.lstm(x, weights, h_0, c_0, options)
+        if options.batch_sizes is None and transforms.applicable():
+            return transforms.lstm(x, weights, h_0, c_0, options)
+        return reference_of_options(x, weights, h_0, c_0, options)
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options: Options) -> None:
@@ -211,6 +210,8 @@ def _register() -> torch.library.Library:
     torch.library.register_fake("fastlstm::lstm_backward", _lstm_backward_fake)
     library = torch.library.Library("fastlstm", "IMPL")  # type: ignore[no-untyped-call]
     library.impl("lstm_backward", _lstm_backward_autograd, "Autograd")  # type: ignore[no-untyped-call]
+    for operator in (_operators.lstm, _operators.lstm_backward):
+        torch.library.register_vmap(operator, transforms.one_call_per_sample(operator), lib=library)
     for device_type in ("cpu", "cuda"):
         key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
         exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

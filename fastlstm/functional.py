@@ -9,12 +9,12 @@ time for checking everything twice. (``torch.compile`` traces the checks: there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as dropout_elements
 
 from fastlstm import _ops, checks
 from fastlstm._operators import NO_EXTRAS, Extras
@@ -185,7 +185,7 @@ def lstm(
     regularised = bool(weight_dropout or recurrent_dropout) or zoneout != (0.0, 0.0)
     extras = NO_EXTRAS
     if regularised or reset_hx is not None or return_cell_states or recompute:
-        extras = _extras(num_layers, reset_hx, unbatched, return_cell_states, recompute)
+        extras = _extras(num_layers, reset_mask, reset_hx, unbatched, return_cell_states, recompute)
         checks.check_regularisers(weight_dropout, recurrent_dropout, zoneout)
     if draw or (regularised and training) or torch.compiler.is_compiling():
         # Before the draw: a call that fails leaves the generator as it was.
@@ -307,6 +307,7 @@ def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tenso
 
 def _extras(
     num_layers: int,
+    reset_mask: Tensor | None,
     reset_hx: State | None,
     unbatched: bool,
     return_cell_states: bool | str,
@@ -318,7 +319,9 @@ def _extras(
     reset_h, reset_c = None, None
     if reset_hx is not None:
         if len(reset_hx) != 2:
-            raise RuntimeError("reset_hx must hold two states, like hx")
+            raise RuntimeError(f"reset_hx must hold two states, like hx, got {len(reset_hx)}")
+        if reset_mask is None:
+            raise RuntimeError("reset_hx must come with a reset_mask, which says where these states are set")
         reset_h, reset_c = (state.unsqueeze(1) for state in reset_hx) if unbatched else reset_hx
     cell_layers = num_layers if return_cell_states == "all" else int(return_cell_states)
     return Extras(reset_h=reset_h, reset_c=reset_c, cell_layers=cell_layers, recompute=recompute)
@@ -327,7 +330,27 @@ def _extras(
 def _drop_weights(weights: Sequence[Tensor], p: float, projected: bool, bias: bool) -> list[Tensor]:
     """The weights, each w_hh with elements dropped."""
     count = 2 + 2 * bias + projected
-    return [dropout_elements(w, p) if p and i % count == 1 else w for i, w in enumerate(weights)]
+    return [_drop(w, p) if p and i % count == 1 else w for i, w in enumerate(weights)]
+
+
+def _drop(tensor: Tensor, p: float) -> Tensor:
+    """With elements zeroed with probability p and the rest scaled by 1 / (1 - p)."""
+    if p == 1:
+        return torch.zeros_like(tensor)
+    return torch.where(_draw_marks(tensor.shape, p, tensor.device), 0, tensor / (1 - p))
+
+
+def _draw_marks(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """A bool tensor, true with probability p, to within 2^-17.
+
+    Four elements share a number of the generator. On the CPU ``bernoulli_`` draws one for each, which can take half as
+    long as the training step that the marks are for.
+    """
+    if p == 1:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    count, limits = math.prod(shape), torch.iinfo(torch.int64)
+    bits = torch.randint(limits.min, limits.max, ((count + 3) // 4,), dtype=torch.int64, device=device)
+    return (bits.view(torch.int16)[:count] < round(p * 2**16) - 2**15).view(shape)
 
 
 def _regularisers(
@@ -343,11 +366,11 @@ def _regularisers(
     if not training:
         return extras._replace(zoneout_rate_h=float(zoneout[0]), zoneout_rate_c=float(zoneout[1]))
     if recurrent_dropout:
-        extras = extras._replace(recurrent_mask=dropout_elements(torch.ones_like(h_0), recurrent_dropout))
+        extras = extras._replace(recurrent_mask=_drop(torch.ones_like(h_0), recurrent_dropout))
 
     def draw(state: Tensor, p: float) -> Tensor | None:
         shape = (state.size(0), *x.shape[:-1], state.size(-1))
-        return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(p) if p else None
+        return _draw_marks(shape, p, x.device) if p else None
 
     return extras._replace(zoneout_h=draw(h_0, zoneout[0]), zoneout_c=draw(c_0, zoneout[1]))
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from fastlstm import _operators
 from fastlstm._operators import Extras, Options, reference_of_options
@@ -78,6 +80,17 @@ def _batch_dims(structure: _Structure) -> _BatchDims:
     return _OF_STEP if structure.single_step else _OF_SEQUENCES
 
 
+def applicable() -> bool:
+    """Whether the functions here serve the transforms that are active.
+
+    Not where forward mode is nested in itself: a tangent of theirs has no tangent. Nor in forward mode outside of
+    torch.func, in which torch.func's cannot be nested.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    forward_modes = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    return bool(stack) and (forward_modes == 1 or forward_ad._current_level < 0)
+
+
 def lstm(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options: Options) -> tuple[Tensor, ...]:
     """``fastlstm::lstm`` of rows that are not packed: y, h_n, c_n and the cell states that are asked for."""
     structure, inputs = _split(x, h_0, c_0, options)
@@ -99,6 +112,8 @@ def lstm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """``fastlstm::lstm_backward`` as a function that can be differentiated again. ``d_outputs``: d_cell_states last."""
     structure, inputs = _split(x, h_0, c_0, options)
+    if d_outputs[-1] is not None:
+        structure = structure._replace(cell_layers=d_outputs[-1].size(0) // (1 + options.bidirectional))
     of_resets = needs[-1] if options.extras.reset_h is not None else 0
     flags = [needs[0], needs[1], needs[1], of_resets, of_resets, *needs[2 : 2 + len(weights)]]
     gradients = _LstmBackward.apply(  # type: ignore[no-untyped-call]
@@ -343,6 +358,28 @@ def _gradients(structure: _Structure, tensors: Sequence[Any]) -> list[Tensor | N
     vjp = torch.func.vjp(outputs, *(others[i] for i in places))[1]
     gradients = _with([None] * len(others), places, vjp(tuple(d_outputs[i] for i in given)))
     return [gradients[i] for i in variables]
+
+
+# ------------------------------------------------------------------------------------------------ the bare operators
+
+
+def one_call_per_sample(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """The vmap rule of an operator that is called as such: by the backward pass of a call that knew of no transform."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        leaves, structure = tree_flatten(arguments)
+        dims, _ = tree_flatten(in_dims)
+        outputs: list[TreeSpec] = []
+
+        def function(*one: Any) -> tuple[Any, ...]:
+            results, of_results = tree_flatten(operator(*tree_unflatten(one, structure)))
+            outputs.append(of_results)
+            return tuple(results)
+
+        stacked = tree_unflatten(_in_turn(function, info.batch_size, leaves, dims), outputs[0])
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    return rule
 
 
 # ------------------------------------------------------------------------------------------------ batches of batches
