@@ -6,6 +6,7 @@
 """
 
 from fastlstm.convert import swap_lstm
+from fastlstm.enabling import disable, enable, is_enabled
 from fastlstm.functional import lstm, lstm_cell
 from fastlstm.modules import FastLSTM, FastLSTMCell
 from fastlstm.planning import available_isas, build_info, force, plan, plans
@@ -18,7 +19,10 @@ __all__ = [
     "__version__",
     "available_isas",
     "build_info",
+    "disable",
+    "enable",
     "force",
+    "is_enabled",
     "lstm",
     "lstm_cell",
     "plan",
