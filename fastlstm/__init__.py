@@ -5,7 +5,7 @@
 >>> model = fastlstm.swap_lstm(model)  # every nn.LSTM of an existing model
 """
 
-from fastlstm.convert import swap_lstm
+from fastlstm.convert import from_keras, swap_lstm, to_keras
 from fastlstm.enabling import disable, enable, is_enabled
 from fastlstm.functional import lstm, lstm_cell
 from fastlstm.modules import FastLSTM, FastLSTMCell
@@ -22,10 +22,12 @@ __all__ = [
     "disable",
     "enable",
     "force",
+    "from_keras",
     "is_enabled",
     "lstm",
     "lstm_cell",
     "plan",
     "plans",
     "swap_lstm",
+    "to_keras",
 ]

@@ -184,11 +184,11 @@ def _set_up_once() -> None:
     # torch.jit.script knows torch's functions by their identity. It is to compile them, not to parse these.
     torch.jit._builtins._register_builtin(_lstm, "aten::lstm")
     torch.jit._builtins._register_builtin(_lstm_cell, "aten::lstm_cell")
-    # Where torch.compile breaks a graph at an nn.LSTM, it would go on with the frames below it one by one; compiled by
-    # itself, one of these would hand its call to torch's function, whose steps torch.compile unrolls.
+    # Where torch.compile breaks a graph at an nn.LSTM, it goes on with the frames below. Compiled by itself, a
+    # replacement would hand its call to torch's function, whose steps torch.compile unrolls.
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)
-    for function in (_lstm, _lstm_cell, _call_impl):
+    for function in (_lstm, _lstm_cell):
         dynamo.set_code_exec_strategy(function.__code__, skip)
 
 
@@ -201,10 +201,9 @@ def _lstm(*arguments: Any, **keywords: Any) -> Any:
         else:
             x, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = arguments
             batch_sizes = None
-        if _runs_lstm(x, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first):
-            y, (h_n, c_n) = _run_lstm(
-                x, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first
-            )
+        options = (bias, num_layers, dropout, training, bidirectional, batch_first)
+        if hx is not None and _runs_lstm(x, batch_sizes, hx, weights, *options):
+            y, (h_n, c_n) = _run_lstm(x, batch_sizes, hx, weights, *options)
             return y, h_n, c_n
     return _torch_lstm(*arguments, **keywords)
 
@@ -219,8 +218,7 @@ def _lstm_cell(*arguments: Any, **keywords: Any) -> Any:
 def _call_impl(self: nn.LSTM, *arguments: Any, **keywords: Any) -> Any:
     """In place of ``nn.Module._call_impl``: calls the kernels where that would do no more than nn.LSTM's forward."""
     if (
-        not torch.compiler.is_compiling()
-        and type(self) is nn.LSTM
+        type(self) is nn.LSTM
         and not keywords
         and len(arguments) in (1, 2)
         and not (self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks)
@@ -239,7 +237,7 @@ def _call_impl(self: nn.LSTM, *arguments: Any, **keywords: Any) -> Any:
             and weights[1].size(1) == (self.proj_size or self.hidden_size)  # type: ignore[union-attr]
         ):
             return _run_lstm(x, None, hx, weights, *options)
-    return nn.Module._call_impl(self, *arguments, **keywords)  # type: ignore[no-untyped-call]
+    return super(nn.LSTM, self)._call_impl(*arguments, **keywords)  # type: ignore[no-untyped-call]
 
 
 def _run_lstm(
@@ -382,6 +380,8 @@ def _dtypes_taken(x: Tensor, states: Sequence[Any], fused_by_torch: bool) -> Set
 @functools.cache
 def _has_kernels(cuda_index: int) -> bool:
     """Whether this build has kernels for a GPU of this machine."""
+    if not _C.cuda:
+        return False
     try:
         _C.cuda_device(cuda_index)
     except RuntimeError:

@@ -27,7 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlstm
-from fastlstm import FastLSTM, _ops
+from fastlstm import FastLSTM, _ops, enabling
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LSTM with projections is not supported with oneDNN", "ignore:TF32 acceleration on top of oneDNN"
+)
 
 
 @pytest.fixture
@@ -208,6 +212,18 @@ def test_subclasses_and_wrapped_forwards(runs):
 
     with fastlstm.enable(), pytest.raises(RuntimeError, match="strict"):
         Strict(4, 4)(x)
+
+    class Counting(nn.Module):
+        def _call_impl(self, *arguments, **keywords):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super()._call_impl(*arguments, **keywords)
+
+    class Mixed(nn.LSTM, Counting):
+        pass
+
+    mixed = Mixed(4, 4)
+    assert_runs(runs, mixed, x)
+    assert mixed.calls == 2
 
     module = nn.LSTM(4, 4)
     forward = module.forward
@@ -407,6 +423,7 @@ def attributes(module, **values):
 
 
 X, X_CELL = torch.ones(5, 2, 3), torch.ones(2, 3)
+ARGUMENTS = ([torch.ones(16, n) for n in (3, 4)], False, 1, 0.0, False, False, False)
 UNTOUCHED = {
     "meta": lambda: nn.LSTM(3, 4, device="meta")(X.to("meta"))[0].shape,
     "meta cell": lambda: nn.LSTMCell(3, 4, device="meta")(X_CELL.to("meta"))[0].shape,
@@ -438,6 +455,17 @@ UNTOUCHED = {
     "too many arguments": lambda: nn.LSTM(3, 4)(X, None, None),
     "input that is no tensor": lambda: nn.LSTM(3, 4)([[1.0]]),
     "cell of a bias": lambda: attributes(nn.LSTMCell(3, 4), bias_hh=None)(X_CELL),
+    "function called with keywords": lambda: torch._VF.lstm_cell(
+        input=X_CELL, hx=(torch.ones(2, 4),) * 2, w_ih=torch.ones(16, 3), w_hh=torch.ones(16, 4)
+    ),
+    "function called with three states": lambda: torch._VF.lstm(X, (torch.ones(1, 2, 4),) * 3, *ARGUMENTS),
+    "function called without states": lambda: torch._VF.lstm(X, None, *ARGUMENTS),
+    "function called with no weights": lambda: torch._VF.lstm(
+        X, (torch.ones(1, 2, 4),) * 2, [None] * 4, *ARGUMENTS[1:]
+    ),
+    "function of a cell called with 3-D input": lambda: torch._VF.lstm_cell(
+        X, (torch.ones(5, 4),) * 2, torch.ones(16, 2), torch.ones(16, 4)
+    ),
     "vmap": lambda: torch.vmap(nn.LSTM(3, 4))(X.unsqueeze(0)),
     "grad": lambda: torch.func.grad(lambda x: nn.LSTM(3, 4)(x)[0].sum())(X),
     "grad of a cell": lambda: torch.func.grad(lambda x: nn.LSTMCell(3, 4)(x)[0].sum())(X_CELL),
@@ -510,7 +538,7 @@ def test_fake_tensors(runs):
     assert_untouched(runs, shape)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("module", "x"), [(nn.LSTM(3, 4, 2), X), (nn.LSTMCell(3, 4), X_CELL)], ids=["lstm", "cell"])
 def test_scripting_and_tracing(runs, module, x):
     expected = module(x)
@@ -522,7 +550,7 @@ def test_scripting_and_tracing(runs, module, x):
     for output in outputs:
         assert_same(output, expected, rtol=0, atol=0)
     assert f"aten::lstm{'_cell' * (x is X_CELL)}(" in str(scripted.inlined_graph)
-    assert "fastlstm" not in str(scripted.inlined_graph) + str(traced.inlined_graph)
+    assert "fastlstm::" not in str(scripted.inlined_graph) + str(traced.inlined_graph)
     assert not runs
 
 
@@ -573,6 +601,43 @@ def test_compiled_as_torch_compiles_it_where_it_is_allowed_to(runs):
     assert "lstm" in str(graphs)
     assert_same(outputs, expected, rtol=0, atol=0)
     assert not runs
+
+
+def test_compiled_by_its_own_method(runs):
+    module = nn.LSTM(3, 4)
+    module.register_forward_hook(lambda *_: None)  # which makes torch compile all of a call
+    results = []
+    for context in (fastlstm.enable(), contextlib.nullcontext()):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("eager")
+        with context, torch._dynamo.config.patch(allow_rnn=True):
+            module.compile(backend=counter, fullgraph=True)
+            results.append((module(X), counter.frame_count, counter.op_count))
+    torch.compiler.reset()
+    assert_same(*results, rtol=0, atol=0)
+    assert results[0][1] == 1
+    assert not runs
+
+
+# A GPU.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_there_are_no_kernels_for_a_gpu_that_is_not_there():
+    assert not enabling._has_kernels.__wrapped__(0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.skipif(not fastlstm.build_info()["cuda"], reason="fastlstm was built without CUDA")
+def test_cuda(runs):
+    module = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64, device="cuda")
+    x = torch.randn(5, 2, 3, dtype=torch.float64, device="cuda", requires_grad=True)
+    assert_runs(runs, module, x)
+    assert_runs(runs, module, pack_sequence([x[:, 0], x[:3, 1]]))
+    assert_runs(runs, nn.LSTMCell(3, 4, dtype=torch.float64, device="cuda"), x[0])
+    assert_untouched(runs, lambda: module(x.detach(), (torch.zeros(4, 2, 4, dtype=torch.float64),) * 2))
+    assert_untouched(runs, lambda: module.cpu()(x.detach()))
 
 
 # enable and disable themselves.
