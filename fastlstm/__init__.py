@@ -5,6 +5,7 @@
 >>> model = fastlstm.swap_lstm(model)  # every nn.LSTM of an existing model
 """
 
+from fastlstm import onnx as onnx
 from fastlstm.convert import from_keras, swap_lstm, to_keras
 from fastlstm.enabling import disable, enable, is_enabled
 from fastlstm.functional import lstm, lstm_cell

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlstm import _ops
 
@@ -40,7 +40,7 @@ _GATES = (0, 3, 1, 2)  # i, o, f, c of ONNX as indices into our i, f, g, o
 
 def export(
     model: nn.Module | torch.export.ExportedProgram,
-    args: tuple[Any, ...] | Tensor = (),
+    args: tuple[Any, ...] = (),
     f: str | os.PathLike[str] | None = None,
     *,
     custom_translation_table: _Table | None = None,
@@ -112,7 +112,7 @@ def translation_table() -> _Table:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"ONNX export needs packages that are missing ({error}): pip install 'fastlstm[onnx]'") from error
+        raise ImportError(f"ONNX export needs the packages of fastlstm[onnx], and {error.name} is missing") from error
     return {_ops._lstm: _translate}
 
 
@@ -130,8 +130,7 @@ def _reason_of(error: BaseException) -> _NotInOnnx | None:
 
 def _translate(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:  # Any, for the exporter evaluates annotations
     """The operator as nodes of ONNX: its arguments are values of the graph, and so are y, h_n and c_n."""
-    from onnxscript import opset18 as op
-
+    op = _onnx_operators()
     names = [argument.name for argument in _ops._lstm._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     _check(given)
@@ -168,6 +167,13 @@ def _translate(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:  # Any, for t
     return x, h_n, c_n
 
 
+def _onnx_operators() -> Any:  # Any, for the types in onnxscript are those of tensors, not of values of a graph
+    """The functions that add nodes to the graph which is being exported, in the opset of torch's own translations."""
+    from onnxscript import opset18
+
+    return opset18
+
+
 def _check(given: dict[str, Any]) -> None:
     """Raise for arguments that the LSTM of ONNX has no form for, those that this module does not know included."""
     from onnx_ir import DataType, Value
@@ -193,9 +199,9 @@ def _in_layout(
 
     ``rows``: the index in our weights of each row of ONNX's.
     """
-    from onnxscript import opset18 as op
+    op = _onnx_operators()
 
-    def per_direction(tensors: Sequence[Value]) -> Value:
+    def per_direction(tensors: Sequence[Value]) -> Any:
         stacked = [op.Unsqueeze(tensor, [0]) for tensor in tensors]
         return stacked[0] if directions == 1 else op.Concat(*stacked, axis=0)
 
@@ -231,7 +237,7 @@ def _leave_out_zero_states(model: Model) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in _lstm_nodes(model):
-        for index in (5, 6):
+        for index in range(5, len(node.inputs)):
             if _is_zero(node.inputs[index]):
                 node.replace_input_with(index, None)
     RemoveUnusedNodesPass()(model)
