@@ -2,10 +2,13 @@
 
 import copy
 import re
+from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
@@ -19,8 +22,8 @@ class Model(nn.Module):
         self.lstm = FastLSTM(5, 8, **kwargs)
         self.head = nn.LazyLinear(3)
 
-    def forward(self, x, hx=None):
-        y, states = self.lstm(x, hx)
+    def forward(self, x, hx=None, **options):
+        y, states = self.lstm(x, hx, **options)
         return self.head(y).tanh(), states
 
 
@@ -37,11 +40,11 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def results(call, model, x, *states):
+def results(call, model, x, *states, **options):
     """Outputs and the gradients of everything, of one forward and backward pass."""
     leaves = [t.clone().requires_grad_() for t in (x, *states)]
     model.zero_grad()
-    out, (h_n, c_n) = call(leaves[0], tuple(leaves[1:]) if states else None)
+    out, (h_n, c_n) = call(leaves[0], tuple(leaves[1:]) if states else None, **options)
     (out.square().sum() + h_n.sum() + c_n.sum()).backward()
     return [out, h_n, c_n, *(t.grad for t in leaves), *(p.grad.clone() for p in model.parameters())]
 
@@ -71,23 +74,67 @@ def test_one_graph_serves_every_length_and_batch_size(kwargs, with_state):
     assert len(calls) == len(counter.graphs)
 
 
-def test_inductor():
-    model = make(num_layers=2, bidirectional=True)
-    compiled = torch.compile(model, fullgraph=True)
-    for steps in (7, 12):
-        x = torch.randn(steps, 4, 5)
-        torch.testing.assert_close(results(compiled, model, x), results(model, model, x))
+SIZES = [(7, 4), (12, 6), (30, 3), (5, 9), (2, 2), (64, 5), (9, 17), (3, 33), (21, 4), (7, 8)]
 
 
-def test_inference():
-    model = make().eval()
-    counter = CompileCounterWithBackend("aot_eager")
+@pytest.mark.parametrize("with_options", [False, True], ids=["input alone", "lengths and reset_mask"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_ten_sizes_take_at_most_two_compilations(backend, training, with_options):
+    model = make(num_layers=2, bidirectional=True).double()  # inductor takes sums in another order
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for steps in (7, 12, 30):
-            x = torch.randn(steps, 4, 5)
-            torch.testing.assert_close(compiled(x), model(x))
+    for steps, batch in SIZES:
+        x, options = torch.randn(steps, batch, 5, dtype=torch.float64), {}
+        if with_options:
+            options["lengths"] = torch.randint(0, steps + 1, (batch,))
+            options["reset_mask"] = torch.rand(steps, batch) < 0.2
+        if training:
+            torch.testing.assert_close(results(compiled, model, x, **options), results(model, model, x, **options))
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, **options), model(x, **options))
     assert counter.frame_count <= 2
+
+
+def test_graphs_are_the_operator_and_what_is_around_it():
+    """No value is read on the host, nothing moves between devices, nothing is computed twice: fit for CUDA graphs."""
+    forward, backward = Counter(), Counter()
+
+    def recorder(calls):
+        def compile_(graph, inputs):
+            calls.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            for name in ("<built-in function getitem>", "aten.detach.default"):  # which compute nothing
+                calls.pop(name, None)
+            return make_boxed_func(graph.forward)
+
+        return compile_
+
+    backend = aot_autograd(
+        fw_compiler=recorder(forward),
+        bw_compiler=recorder(backward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    lstm = FastLSTM(5, 8, num_layers=2, bidirectional=True)
+    compiled = torch.compile(lstm, backend=backend, fullgraph=True, dynamic=True)
+    x, lengths, mask = torch.randn(7, 4, 5, requires_grad=True), torch.tensor([7, 0, 3, 5]), torch.rand(7, 4) < 0.2
+    y, (h_n, c_n) = compiled(x, lengths=lengths, reset_mask=mask)
+    (y.sum() + h_n.sum() + c_n.sum()).backward()
+    assert forward == {"aten.new_zeros.default": 1, "fastlstm.lstm.default": 1}
+    assert backward == {"fastlstm.lstm_backward.default": 1}
+
+
+def test_reduce_overhead():
+    model = make(num_layers=2).eval()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    state = (torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))
+    expected_state = state
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(1, 4, 5)
+            y, state = compiled(x, state)
+            expected, expected_state = model(x, expected_state)
+            torch.testing.assert_close((y, state), (expected, expected_state))
 
 
 def test_streaming_with_carried_state_compiles_once():
@@ -180,15 +227,6 @@ def test_weights_exchanged_after_compilation_are_used():
     torch.testing.assert_close(compiled(x), model(x))
     model.lstm.weight_ih_l0 = nn.Parameter(torch.randn(32, 5))
     torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_export_keeps_the_number_of_steps_symbolic():
-    model = make().eval()
-    steps, batch = torch.export.Dim("steps", min=2, max=1000), torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(model, (torch.randn(7, 4, 5),), dynamic_shapes=({0: steps, 1: batch},))
-    for shape in ((3, 2, 5), (50, 9, 5)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(exported.module()(x), model(x))
 
 
 @pytest.mark.parametrize(
