@@ -247,7 +247,7 @@ def _is_zero(value: Value | None) -> bool:
     node = None if value is None else value.producer()
     if node is None:
         return False
-    if node.op_type == "Slice":
+    if node.op_type in ("Slice", "Cast"):
         return _is_zero(node.inputs[0])
     filled_with = node.attributes.get("value")
     return node.op_type == "ConstantOfShape" and (filled_with is None or not filled_with.as_tensor().numpy().any())

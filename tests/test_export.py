@@ -310,3 +310,17 @@ def test_onnx_names_a_missing_package(package: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"fastlstm\[onnx\], and {package} is missing"):
         fastlstm.onnx.export(Model().eval(), (X,))
+
+
+def test_to_torch_is_for_torchscript() -> None:
+    class Output(nn.Module):
+        def __init__(self, lstm: nn.LSTM) -> None:
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0]
+
+    ours = FastLSTM(I, H, num_layers=2, bidirectional=True)
+    scripted, x = torch.jit.script(Output(ours.to_torch())), torch.randn(3, 2, I)
+    torch.testing.assert_close(scripted(x), ours(x)[0])
