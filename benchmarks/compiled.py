@@ -3,8 +3,8 @@
     python benchmarks/compiled.py --json FILE
 
 A compiled call of one layer runs the same kernel, behind the guards and wrappers of torch's own runtime. What these add
-to a call is paid once per compiled model and does not grow with the sizes; the rows of an nn.Linear show how much it is
-without anything of ours.
+is paid once per call of a compiled model, however many layers it has; the rows of an nn.Linear show how much that is
+without anything of ours. It grows somewhat with the sizes: after a long kernel the interpreter finds its caches cold.
 """
 
 from __future__ import annotations
