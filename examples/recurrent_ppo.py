@@ -32,6 +32,7 @@ from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.ppo_recurrent import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -97,15 +98,17 @@ class FastMultiInputLstmPolicy(FastMlpLstmPolicy, MultiInputLstmPolicy):
 
 POLICIES: dict[str, type[RecurrentActorCriticPolicy]] = {"original": MlpLstmPolicy, "fastlstm": FastMlpLstmPolicy}
 
-# CartPole is learnt with them, its velocities hidden or not; the original policy's defaults have 256 units and no
-# parallel environments.
+# CartPole is learnt with them, its velocities hidden or not.
 ENVIRONMENTS = 8
 HYPERPARAMETERS: dict[str, Any] = {
     "n_steps": 128,
     "batch_size": 256,
     "n_epochs": 10,
-    "learning_rate": 1e-3,
+    "learning_rate": LinearSchedule(1e-3, 0, end_fraction=1),
+    "clip_range": LinearSchedule(0.2, 0, end_fraction=1),
     "gamma": 0.98,
+    "gae_lambda": 0.8,
+    "stats_window_size": 20,
     "policy_kwargs": {"lstm_hidden_size": 64, "net_arch": [64]},
 }
 
@@ -117,7 +120,7 @@ class TimedRecurrentPPO(RecurrentPPO):
         rollout_s, update_s: seconds spent so far on collecting rollouts and on updating the policy.
         updates: how often it was updated, each time in several epochs over a rollout.
         curve: after each rollout by whose end an episode has ended: steps and seconds so far, and the mean return of
-            the last episodes (of ``stats_window_size``).
+            the last episodes, ``stats_window_size`` of them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -151,11 +154,11 @@ class Result:
     Attributes:
         policy: a key of ``POLICIES``.
         steps: of all environments together.
-        mean_return: of the last 100 episodes; None if none has ended.
+        mean_return: of the last episodes, ``stats_window_size`` of them; None if none has ended.
         wall_s: seconds, of which ``rollout_s`` for rollouts and ``update_s`` for updates of the policy.
         updates: how often the policy was updated.
         update_mean_s: seconds per update.
-        target_return, target_s: seconds until the mean return of the last 100 episodes was that much; None if never.
+        target_return, target_s: seconds until the mean return was that much at a rollout's end; None if it never was.
         curve: see :class:`TimedRecurrentPPO`.
     """
 
@@ -295,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(results))
     if options.json:
         libraries = (gymnasium, stable_baselines3, sb3_contrib)
+        hyperparameters = {k: repr(v) if isinstance(v, LinearSchedule) else v for k, v in HYPERPARAMETERS.items()}
         record.write(
             options.json,
             {
@@ -302,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "versions": record.versions() | {library.__name__: library.__version__ for library in libraries},
                 "flags": flags,
                 "settings": {"env": options.env, **settings},
-                "hyperparameters": {"environments": ENVIRONMENTS, **HYPERPARAMETERS},
+                "hyperparameters": {"environments": ENVIRONMENTS, **hyperparameters},
                 "results": [asdict(result) for result in results],
             },
         )
