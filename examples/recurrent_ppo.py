@@ -1,6 +1,6 @@
 """RecurrentPPO of sb3-contrib with FastLSTM: policies without a Python loop over time steps.
 
-    python examples/recurrent_ppo.py --env CartPole-v1 --steps 60000 --policy fastlstm
+    python examples/recurrent_ppo.py --env CartPole-v1 --steps 100000 --policy fastlstm
     python examples/recurrent_ppo.py --compare --observe 0 2 --json FILE
 
 sb3-contrib's recurrent policies run nn.LSTM step by step as soon as an episode starts anywhere in a batch of sequences,
