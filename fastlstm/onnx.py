@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlstm import _ops
+from fastlstm import _operators
 
 if TYPE_CHECKING:
     from onnx_ir import Model, Node, Value
@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 _Table = dict[Callable[..., Any], Callable[..., Any]]
 
 # The operator's arguments that a translation reads, and those that it may ignore: whether products may be rounded, and
-# whether to keep what a backward pass needs.
+# what is kept for a backward pass.
 _TRANSLATED = frozenset({"x", "weights", "h_0", "c_0", "lengths", "num_layers", "bidirectional", "has_bias"})
-_WITHOUT_EFFECT = frozenset({"reduced_products", "save"})
+_WITHOUT_EFFECT = frozenset({"recompute", "reduced_products", "save"})
 # What to do instead of giving one of the others.
 _REMEDIES = {
     "batch_sizes": "pass padded input and lengths instead of a PackedSequence",
     "reset_mask": "export a model of one step that multiplies the states by the mask, and loop over it",
-    "dropout_mask": "call model.eval() before the export",
+    **dict.fromkeys(
+        ("dropout_mask", "recurrent_mask", "zoneout_h", "zoneout_c"), "call model.eval() before the export"
+    ),
+    **dict.fromkeys(("zoneout_rate_h", "zoneout_rate_c"), "set zoneout = (0.0, 0.0), or export a loop over one step"),
+    "cell_layers": "export the model without return_cell_states",
 }
 _GATES = (0, 3, 1, 2)  # i, o, f, c of ONNX as indices into our i, f, g, o
 
@@ -113,7 +117,7 @@ def translation_table() -> _Table:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX export needs the packages of fastlstm[onnx], and {error.name} is missing") from error
-    return {_ops._lstm: _translate}
+    return {_operators.lstm: _translate}
 
 
 class _NotInOnnx(NotImplementedError):
@@ -131,7 +135,7 @@ def _reason_of(error: BaseException) -> _NotInOnnx | None:
 def _translate(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:  # Any, for the exporter evaluates annotations
     """The operator as nodes of ONNX: its arguments are values of the graph, and so are y, h_n and c_n."""
     op = _onnx_operators()
-    names = [argument.name for argument in _ops._lstm._schema.arguments]
+    names = [argument.name for argument in _operators.lstm._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     _check(given)
     x, weights, h_0, c_0, lengths = (given[name] for name in ("x", "weights", "h_0", "c_0", "lengths"))
