@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file that holds all of a training run, written atomically.
 
-Its tensors are the parameters, Adam's moments, the LSTM state and the state of the random generator; its
+Its tensors are the parameters, Adam's moments, the LSTM state and the state of each process's random generator; its
 metadata the configuration, the tokenizer, the step and a digest over all of it, so a damaged file is
 recognised and never half loaded. `train.py` writes and resumes from checkpoints, `generate.py` reads them.
 """
@@ -35,6 +35,7 @@ class Progress:
         validation_perplexity: its result; None before the first.
         tokens_sha256: digest of the token file that is trained on.
         threads: torch.get_num_threads() of the run; another number can change the last bits of a loss.
+        processes: that trained together, each with so many threads.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Progress:
     validation_perplexity: float | None
     tokens_sha256: str
     threads: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 They turn options into a `Config` and into calls of `train.py`, `generate.py` and `demo.py`, show progress (a
 bar on a terminal, plain lines elsewhere), and turn every mistake of the user into one line on standard error
-and exit status 1. An interrupted command exits with 128 plus the signal's number. Needs the extras `[lm]`
-and `[cli]`.
+and exit status 1. An interrupted command exits with 128 plus the signal's number. Of several processes that
+train together (parallel.py) the main one speaks for all. Needs the extras `[lm]` and `[cli]`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastlstm.lm.data import BUILT_IN
 from fastlstm.lm.demo import run_demo
 from fastlstm.lm.generate import generate as generate_text
 from fastlstm.lm.generate import load_model
+from fastlstm.lm.parallel import ALONE, Group, joined
 from fastlstm.lm.train import Interrupted
 from fastlstm.lm.train import resume as resume_training
 from fastlstm.lm.train import train as train_model
@@ -75,28 +76,33 @@ class Display:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[Display]:
-    """Gives a Display; turns a mistake of the user, or an interruption, into one line and an exit status."""
-    console = Console()
+def _one_line_errors(group: Group = ALONE) -> Iterator[Display]:
+    """Gives a Display; turns a mistake of the user, or an interruption, into one line and an exit status.
+
+    Only the main process of a group prints: what stops another one stops it too, by the methods of `Group`.
+    """
+    quiet = not group.is_main
+    console = Console(quiet=quiet)
     # Into a file or a pipe rich assumes 80 columns, too few for the tables.
-    display = Display(console if console.is_terminal else Console(width=110))
+    display = Display(console if console.is_terminal else Console(width=110, quiet=quiet))
     try:
         yield display
     except (LanguageModelError, OSError) as error:
         display.close()
-        _fail(str(error), 1)
+        _fail(str(error), 1, quiet)
     except Interrupted as stop:
         display.close()
-        _fail(str(stop), 128 + stop.signum)
+        _fail(str(stop), 128 + stop.signum, quiet)
     except KeyboardInterrupt:
         display.close()
-        _fail("interrupted", 128 + signal.SIGINT)
+        _fail("interrupted", 128 + signal.SIGINT, quiet)
     finally:
         display.close()
 
 
-def _fail(reason: str, status: int) -> NoReturn:
-    typer.echo(f"fastlstm: {reason}", err=True)
+def _fail(reason: str, status: int, quiet: bool = False) -> NoReturn:
+    if not quiet:
+        typer.echo(f"fastlstm: {reason}", err=True)
     raise typer.Exit(status)
 
 
@@ -133,6 +139,8 @@ def train(
     """Train a language model on text.
 
     Options left out keep the preset's values. Ctrl-C writes a checkpoint; --resume goes on from it, exactly.
+
+    torchrun --nproc-per-node N -m fastlstm train ... shares each batch, and the cores, among N processes.
     """
     given = {
         "preset": preset_name,
@@ -157,15 +165,15 @@ def train(
         "lstm": lstm,
     }
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    with _one_line_errors() as display:
+    with joined() as group, _one_line_errors(group) as display:
         if resume and overwrite:
             raise LanguageModelError("--resume and --overwrite exclude each other")
         folder = out or Path("runs", preset_name or "seed")
         if resume:
-            run = resume_training(folder, display, overrides=overrides, threads=threads)
+            run = resume_training(folder, display, overrides=overrides, threads=threads, group=group)
         else:
             config = preset(preset_name or "seed").replace(**overrides)
-            run = train_model(config, folder, display, overwrite=overwrite, threads=threads)
+            run = train_model(config, folder, display, overwrite=overwrite, threads=threads, group=group)
         display.note(
             f"validation perplexity {run.validation_perplexity:.1f} "
             f"(unigram model {run.trainer.unigram_perplexity():.1f}); checkpoint: {run.path}"
