@@ -1,5 +1,6 @@
 """A tiny text, configuration and observer for the tests of the language model, tests/test_lm_*.py."""
 
+import os
 import random
 from pathlib import Path
 
@@ -58,6 +59,19 @@ class Recorder:
 
     def validated(self, step: int, perplexity: float) -> None:
         self.perplexities[step] = perplexity
+
+
+class Stopper(Recorder):
+    """Sends this process a signal when training, or validation, gets to a step."""
+
+    def __init__(self, step, signum):
+        super().__init__()
+        self.step, self.signum = step, signum
+
+    def stepped(self, step, steps, loss, tokens_per_s):
+        super().stepped(step, steps, loss, tokens_per_s)
+        if step == self.step:
+            os.kill(os.getpid(), self.signum)
 
 
 def write_text(path: Path, lines: int = 60) -> Path:

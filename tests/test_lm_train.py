@@ -1,7 +1,6 @@
 """The model, its loss, and training: exact resumption above all."""
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from lm_setup import SIZES, TINY, Recorder, prepare, write_text
+from lm_setup import SIZES, TINY, Recorder, Stopper, prepare, write_text
 from torch import nn
 from typer.testing import CliRunner
 
@@ -125,19 +124,6 @@ def test_resumed_trainer_repeats_the_losses_bit_for_bit(lstm, stop, tmp_path):
 
     assert losses_again == losses
     assert_equal_tensors(second.tensors(), whole.tensors())
-
-
-class Stopper(Recorder):
-    """Sends this process a signal when training, or validation, gets to a step."""
-
-    def __init__(self, step, signum):
-        super().__init__()
-        self.step, self.signum = step, signum
-
-    def stepped(self, step, steps, loss, tokens_per_s):
-        super().stepped(step, steps, loss, tokens_per_s)
-        if step == self.step:
-            os.kill(os.getpid(), self.signum)
 
 
 # Step 5 is followed by a validation, which the signal prevents: it is made up for after the resumption.
