@@ -140,7 +140,7 @@ def train(
 
     Options left out keep the preset's values. Ctrl-C writes a checkpoint; --resume goes on from it, exactly.
 
-    torchrun --nproc-per-node N -m fastlstm train ... shares each batch, and the cores, among N processes.
+    torchrun --nproc-per-node N -m fastlstm train ... shares each batch among N processes.
     """
     given = {
         "preset": preset_name,
