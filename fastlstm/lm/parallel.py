@@ -91,11 +91,19 @@ class Group:
         return tensors
 
     def on_main(self, call: Callable[[], object]) -> None:
-        """Call `call` in the main process; what it raises is raised in all. Collective."""
+        """Call `call` in the main process. Collective.
+
+        Raises:
+            LanguageModelError: in the other processes, if `call` raised something in the main one.
+        """
         self._agreed(call if self.is_main else _nothing)
 
     def main_first(self, call: Callable[[], _T]) -> _T:
-        """Call `call` in the main process and then in all others; what one raises is raised in all. Collective."""
+        """Call `call` in the main process and then in all others. Collective.
+
+        Raises:
+            LanguageModelError: `call` raised something in another process.
+        """
         if self.is_main:
             result = self._agreed(call)
             self._agreed(_nothing)
