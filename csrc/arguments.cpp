@@ -96,7 +96,11 @@ void check_weights(const Arguments& a, const Call& call) {
                  p.P > 0 ? ", W_hr" : "", "), got ", weights.size());
   for (int64_t i = 0; i < states; ++i) {
     const Tensor* w = weights.data() + i * a.per_direction;
-    for (int64_t j = 0; j < a.per_direction; ++j) check_dtype_and_device("every weight", w[j], call.x);
+    for (int64_t j = 0; j < a.per_direction; ++j) {
+      check_dtype_and_device("every weight", w[j], call.x);
+      FASTLSTM_CHECK(w[j].numel() == 0 || w[j].const_data_ptr() != nullptr,
+                     "every weight must have memory, got one whose storage has been freed");
+    }
     check_shape("W_ih", "[4H, I]", w[0], {kGates * p.H, i < p.directions ? p.I : p.directions * out});
     check_shape("W_hh", "[4H, P]", w[1], {kGates * p.H, out});
     if (call.has_bias) check_shape("b_ih", "[4H]", w[2], {kGates * p.H});

@@ -176,3 +176,14 @@ def test_the_gradient_alone_can_be_differentiated(arguments: list[Any]) -> None:
 
     d_y = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(gradient, (d_y, x))
+
+
+def test_weights_whose_memory_has_been_freed(lstm: FastLSTM) -> None:
+    """As FSDP2 frees them between forward and backward, if it cannot see that a backward pass will come."""
+    x = torch.randn(3, 2, lstm.input_size)
+    y, _ = lstm(x)
+    lstm.weight_hh_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="every weight must have memory, got one whose storage has been freed"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="every weight must have memory, got one whose storage has been freed"):
+        lstm(x)
