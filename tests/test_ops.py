@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -705,3 +706,81 @@ def test_operator_refuses_batch_sizes(sizes: list[int], message: str) -> None:
         torch.ops.fastlstm.lstm(
             p.x, p.weights, p.h_0, p.c_0, torch.tensor(sizes), None, None, None, 1, False, True, False, False
         )
+
+
+EXTRAS_ERRORS: dict[str, dict[str, Any]] = {
+    "reset_h and reset_c must be given together and with reset_mask": {"reset_h": torch.zeros(1, 3, 7)},
+    "reset_h must have shape the shape of h_0 = [1, 3, 7], got [1, 3, 6]": {
+        "reset_h": torch.zeros(1, 3, 6),
+        "reset_c": torch.zeros(1, 3, 7),
+    },
+    "reset_c must have the dtype of x, float32, got float64": {
+        "reset_h": torch.zeros(1, 3, 7),
+        "reset_c": torch.zeros(1, 3, 7, dtype=torch.float64),
+    },
+    "recurrent_mask must have shape the shape of h_0 = [1, 3, 7], got [3, 7]": {"recurrent_mask": torch.zeros(3, 7)},
+    "zoneout_h must be bool, got float32": {"zoneout_h": torch.zeros(1, 2, 3, 7)},
+    "zoneout_c must have shape [L*D, *x.shape[:-1], features] = [1, 2, 3, 7], got [2, 3, 7]": {
+        "zoneout_c": torch.zeros(2, 3, 7, dtype=torch.bool)
+    },
+    "zoneout_h must be given as a mask or as a rate, got both": {
+        "zoneout_h": torch.zeros(1, 2, 3, 7, dtype=torch.bool),
+        "zoneout_rate_h": 0.5,
+    },
+    "the rate of zoneout_c must be in [0, 1], got 1.5": {"zoneout_rate_c": 1.5},
+    "cell_layers must be in [0, num_layers] = [0, 1], got 2": {"cell_layers": 2},
+}
+
+
+@pytest.mark.parametrize("message", EXTRAS_ERRORS)
+def test_errors_of_the_rarer_arguments(message: str) -> None:
+    x, state = torch.zeros(2, 3, 5), torch.zeros(1, 3, 7)
+    weights = [torch.zeros(28, 5), torch.zeros(28, 7)]
+    arguments = EXTRAS_ERRORS[message]
+    mask = torch.zeros(2, 3, dtype=torch.bool) if len(arguments) == 2 and "reset_h" in arguments else None
+    options = (None, None, mask, None, 1, False, False, False, False)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.fastlstm.lstm(x, weights, state, state, *options, **arguments)
+
+
+def test_errors_of_backward_for_groups_and_cell_states() -> None:
+    x, state = torch.zeros(2, 3, 5), torch.zeros(2, 3, 7)
+    weights = [torch.zeros(28, 5), torch.zeros(28, 7)] * 2
+    options = (None, None, None, None, 1, True, False, False)
+    y, _, _, saved, _ = torch.ops.fastlstm.lstm(x, weights, state, state, *options, True)
+    arguments = (y, None, None, x, weights, state, state, y, saved, *options, [1] * 6)
+    for given, message in (
+        ({"groups": 2}, "groups must be positive and divide B = 3, of rows that are not packed, got 2"),
+        ({"groups": 0}, "groups must be positive and divide B = 3, of rows that are not packed, got 0"),
+        ({"d_cell_states": torch.zeros(1, 2, 3, 7)}, "d_cell_states must be of whole layers, got shape [1, 2, 3, 7]"),
+        (
+            {"d_cell_states": torch.zeros(2, 2, 3, 6)},
+            "d_cell_states must have shape [cell_layers * D, *x.shape[:-1], H]",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            torch.ops.fastlstm.lstm_backward(*arguments, **given)
+
+
+@pytest.mark.parametrize("case", [CASES[19], CASES[26], CASES[28]], ids=str)
+def test_gradients_of_groups_add_up(case: Case) -> None:
+    """Of each sequence apart, and of the sequences of no steps none."""
+    case = replace(case, B=case.B - case.B % 2, lengths=case.lengths[: case.B - case.B % 2])
+    p = Problem.of(replace(case, dtype=torch.float64))
+    options = Options(**p.options, reduced_products=False, extras=p.extras)  # type: ignore[arg-type]
+    y, _, _, saved, _ = torch.ops.fastlstm.lstm(p.x, p.weights, p.h_0, p.c_0, *options.of_forward(True))
+    needs = [1] * (2 + len(p.weights) + (p.extras.reset_h is not None))
+
+    def gradients(groups: int) -> list[Tensor]:
+        arguments = options.of_backward(needs, groups=groups)
+        d_y = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        return torch.ops.fastlstm.lstm_backward(d_y, None, None, p.x, p.weights, p.h_0, p.c_0, y, saved, *arguments)[3]
+
+    whole = gradients(1)
+    for groups in (2, case.B):
+        for apart, together in zip(gradients(groups), whole, strict=True):
+            assert apart.shape == (groups, *together.shape)
+            torch.testing.assert_close(apart.sum(0), together)
+            if case.lengths and groups == case.B:
+                nothing = torch.tensor(case.lengths) == 0
+                assert not apart[nothing].any() and apart[~nothing].flatten(1).any(1).all()
