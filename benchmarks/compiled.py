@@ -89,6 +89,8 @@ def main() -> None:
     selected = shapes.select(arguments.shapes)
     backend, seconds = arguments.backend, arguments.seconds
     with num_threads(arguments.threads):
+        settings = {"backend": backend, "threads": arguments.threads, "seconds_each": seconds}
+        provenance = record.provenance(settings)
         rows = linear_rows(32, backend, seconds)
         for shape in selected:
             rows += lstm_rows(shape, backend, seconds)
@@ -101,9 +103,7 @@ def main() -> None:
             f"{compiled - eager:>6.0f} us {eager / compiled:>6.3f}x"
         )
     if arguments.json:
-        settings = {"backend": backend, "threads": arguments.threads, "seconds_each": seconds}
-        document = {"machine": record.machine(), "versions": record.versions(), "settings": settings, "rows": rows}
-        record.write(arguments.json, document)
+        record.write(arguments.json, provenance | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     with num_threads(arguments.threads):
-        flags = record.flags()
+        provenance = record.provenance({"threads": arguments.threads, "seconds_each": arguments.seconds})
         for make, shapes in (GROUPS[name] for name in arguments.groups):
             for shape in [arguments.shape] if arguments.shape else shapes:
                 result = timed(make(*shape), arguments.seconds)
@@ -242,8 +242,6 @@ def main() -> None:
                     print(f"  {ratio['name']:<36} {ratio['ratio']:>9.2f}{record.TIMES}  {ratio['spread']:>6.0%}")
                 results.append(result)
     if arguments.json:
-        settings = {"threads": arguments.threads, "seconds_each": arguments.seconds}
-        provenance = {"machine": record.machine(), "versions": record.versions(), "flags": flags, "settings": settings}
         record.write(arguments.json, provenance | {"groups": results})
 
 

@@ -177,8 +177,9 @@ def main() -> None:
             parser.error(str(error))
     shape = Shape(T=arguments.T, B=arguments.B, I=arguments.I, H=arguments.H, state=True)
     with num_threads(arguments.threads):
+        settings = {"shape": shape.name, "share": arguments.share, "seconds": arguments.seconds}
+        provenance = record.provenance(settings)
         result = run(shape, arguments.share, arguments.seconds)
-        flags = record.flags()
     print(f"{shape.name}, {result['resets']} resets, {arguments.threads} threads; forward and backward")
     print(f"{'contender':<30} {'median':>10} {'spread':>7} {'tokens/s':>9}")
     for row in result["rows"]:
@@ -187,8 +188,6 @@ def main() -> None:
     for name, ratio in result["ratios"].items():
         print(f"{name:<30} {ratio['ratio']:>9.2f}{record.TIMES} {ratio['spread']:>7.0%}")
     if arguments.json:
-        settings = {"shape": shape.name, "share": arguments.share, "seconds": arguments.seconds}
-        provenance = {"machine": record.machine(), "versions": record.versions(), "flags": flags, "settings": settings}
         record.write(arguments.json, provenance | result)
 
 

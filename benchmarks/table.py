@@ -2,6 +2,8 @@
 
     python benchmarks/table.py benchmarks/results/X.json [--readme README.md] [--plot X.png] [--check]
 
+A file of features.py becomes the table of docs/features.md in the same way.
+
 The text between the markers `<!-- benchmark:begin -->` and `<!-- benchmark:end -->` is replaced, so that no
 figure in the README is typed by hand; continuous integration runs it with --check.
 """
@@ -9,6 +11,7 @@ figure in the README is typed by hand; continuous integration runs it with --che
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ from typing import Any
 
 from fastlstm.bench.plot import plot
 from fastlstm.bench.record import (
+    TIMES,
     Comparison,
     format_rate,
     format_ratio,
@@ -58,6 +62,17 @@ def render(document: dict[str, Any], comparisons: Sequence[Comparison], image: s
     return "\n\n".join(blocks)
 
 
+def render_features(document: dict[str, Any]) -> str:
+    """The Markdown of a file of features.py: where it was measured and the ratios of times of each group."""
+    rows = [
+        [group["group"], ratio["name"], f"{ratio['ratio']:.2f}{TIMES} \N{PLUS-MINUS SIGN}{ratio['spread']:.0%}"]
+        for group in document["groups"]
+        for ratio in group["ratios"]
+    ]
+    table = markdown_table(["training step", "ratio of times", ""], rows, numeric=[2])
+    return "\n\n".join([_provenance(document), table])
+
+
 def _cells(comparison: Comparison | None) -> list[str]:
     if comparison is None:
         return ["-", "-", "-"]
@@ -75,8 +90,9 @@ def _provenance(document: dict[str, Any]) -> str:
     hardware = f"{machine['cpu']}, {machine['cores']} cores ({caches}), {flags['isa']}"
     if machine.get("gpu"):
         hardware = f"{machine['gpu']}, {hardware}"
+    measured = "Times" if "groups" in document else "Tokens/s"
     return (
-        f"Tokens/s on {hardware}, {flags['threads']} threads; torch {versions['torch']}, fastlstm "
+        f"{measured} on {hardware}, {flags['threads']} threads; torch {versions['torch']}, fastlstm "
         f"{versions['fastlstm']}, Python {versions['python']}; {document['date'][:10]}. "
         "Medians of runs in turns in one process; the ratio is followed by its interquartile range."
     )
@@ -112,14 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check and options.readme is None:
         parser.error("--check needs --readme")
     try:
-        document, comparisons = load(options.json)
+        features = json.loads(options.json.read_text(encoding="utf-8"))
+        document, comparisons = (features, []) if "groups" in features else load(options.json)
         image = None
         if options.plot is not None:
             folder = options.readme.parent if options.readme else Path()
             image = Path(os.path.relpath(options.plot, folder)).as_posix()
             if not options.check:
                 plot(comparisons, document, options.plot)
-        block = render(document, comparisons, image)
+        block = render_features(document) if "groups" in document else render(document, comparisons, image)
         if options.readme is None:
             print(block)
             return 0

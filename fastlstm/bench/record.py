@@ -153,13 +153,20 @@ def document(rows: Sequence[Row], *, device: str, settings: Mapping[str, Any]) -
     """
     return {
         "format": FORMAT,
+        **provenance(settings, device),
+        "geometric_means": geometric_means(pair(rows)),
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def provenance(settings: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """When, where and how something has just been measured in this process: the flags are read now."""
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(device),
         "versions": versions(),
         "flags": flags(),
         "settings": dict(settings),
-        "geometric_means": geometric_means(pair(rows)),
-        "rows": [row.to_json() for row in rows],
     }
 
 
