@@ -55,10 +55,21 @@ def lstm(
         outputs = _operators._C.lstm(x, list(weights), h_0, c_0, *others)
         if outputs is not None:
             return outputs
+    elif torch._C._are_functorch_transforms_active():
+        return _transformed_in_graph(x, list(weights), h_0, c_0, *options, *extras)
     variables = [x, h_0, c_0, *weights, *(t for t in (extras.reset_h, extras.reset_c) if t is not None)]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in variables)
     y, h_n, c_n, _, cell_states = _operators.lstm(x, weights, h_0, c_0, *options, save, *extras)
     return y, h_n, c_n, *cell_states
+
+
+@torch.compiler.allow_in_graph  # Dynamo does not trace what an autograd.Function does under transforms
+def _transformed_in_graph(
+    x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    count = len(Options._fields) - 1
+    options = Options(*arguments[:count])._replace(extras=Extras(*arguments[count:]))
+    return _transformed(x, weights, h_0, c_0, options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -202,7 +202,6 @@ class _Lstm(torch.autograd.Function):
         y, *_ = output
         saved = output[-_SAVED:]
         ctx.structure = structure
-        ctx.count = len(output)
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, y, *saved)
