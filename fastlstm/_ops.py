@@ -63,7 +63,8 @@ def lstm(
     return y, h_n, c_n, *cell_states
 
 
-@torch.compiler.allow_in_graph  # Dynamo does not trace what an autograd.Function does under transforms
+# Dynamo does not trace what an autograd.Function does under transforms.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _transformed_in_graph(
     x: Tensor, weights: list[Tensor], h_0: Tensor, c_0: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:

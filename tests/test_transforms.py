@@ -338,13 +338,15 @@ def test_transforms_under_autocast() -> None:
     torch.testing.assert_close(together[1].float(), ours(tangent)[0], rtol=0.1, atol=0.02)
 
 
-@pytest.mark.parametrize("transform", [grad, lambda f: vmap(grad(f), (None, 0))], ids=["grad", "per_sample"])
-def test_compiled_transforms(transform: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("transform", "batches"), [(grad, ()), (lambda f: vmap(grad(f), (None, 0)), (V,))], ids=["grad", "per_sample"]
+)
+def test_compiled_transforms(transform: Callable[..., Any], batches: tuple[int, ...]) -> None:
     module = make(num_layers=2, bidirectional=True)
     weights, loss = weights_of(module), loss_of(module)
     compiled = torch.compile(transform(loss), backend="aot_eager", fullgraph=True)
     for steps in (3, 5):
-        xs = torch.randn(steps, V, B, I, dtype=torch.float64)
+        xs = torch.randn(*batches, steps, B, I, dtype=torch.float64)
         torch.testing.assert_close(compiled(weights, xs), transform(loss)(weights, xs))
 
 
