@@ -56,7 +56,8 @@ def lstm(
         if outputs is not None:
             return outputs
     elif torch._C._are_functorch_transforms_active():
-        return _transformed_in_graph(x, list(weights), h_0, c_0, *options, *extras)
+        transformed: tuple[Tensor, ...] = _transformed_in_graph(x, list(weights), h_0, c_0, *options, *extras)
+        return transformed
     variables = [x, h_0, c_0, *weights, *(t for t in (extras.reset_h, extras.reset_c) if t is not None)]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in variables)
     y, h_n, c_n, _, cell_states = _operators.lstm(x, weights, h_0, c_0, *options, save, *extras)
