@@ -183,6 +183,8 @@ Arguments parse(const Call& call, bool training) {
   }
   check_zoneout(a, "zoneout_h", call.zoneout_h, call.zoneout_rate_h, p.output_size(), call.x);
   check_zoneout(a, "zoneout_c", call.zoneout_c, call.zoneout_rate_c, p.H, call.x);
+  p.step_extras = call.reset_h || call.recurrent_mask || call.zoneout_h || call.zoneout_c || call.zoneout_rate_h != 0 ||
+                  call.zoneout_rate_c != 0;
   return a;
 }
 
@@ -197,9 +199,9 @@ void check_backward(const Arguments& a, const Call& call, const BackwardCall& ba
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
   const size_t inputs = call.weights.size() + (call.reset_h ? 3 : 2);
   FASTLSTM_CHECK(backward.needs.size() == inputs, "needs must have ", inputs, " entries, got ", backward.needs.size());
-  FASTLSTM_CHECK(backward.groups >= 1 && a.batch() % backward.groups == 0 && (backward.groups == 1 || !call.batch_sizes),
-                 "groups must be positive and divide B = ", a.batch(), ", of rows that are not packed, got ",
-                 backward.groups);
+  FASTLSTM_CHECK(
+      backward.groups >= 1 && a.batch() % backward.groups == 0 && (backward.groups == 1 || !call.batch_sizes),
+      "groups must be positive and divide B = ", a.batch(), ", of rows that are not packed, got ", backward.groups);
   FASTLSTM_CHECK(saved.size() == 3, "saved must hold gates, cells and layer_outputs, got ", saved.size(),
                  " tensors (was the forward pass run with save=True?)");
   const bool recompute = saved[0].dim() == 3 && saved[0].size(1) == 0;

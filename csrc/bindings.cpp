@@ -55,7 +55,7 @@ py::dict pass_to_dict(const PassPlan& pass) {
 py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
                   int64_t compute_bytes, bool training, bool bf16_allowed, int threads, std::optional<int> vector_bytes,
                   std::optional<bool> bf16, std::optional<int64_t> l2_bytes) {
-  const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training, bf16_allowed};
+  const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training, bf16_allowed, false};
   Machine machine = cpu::this_machine(threads);
   machine.vector_bytes = vector_bytes.value_or(machine.vector_bytes);
   machine.fma = machine.fma || vector_bytes.value_or(0) > 16;
@@ -98,10 +98,10 @@ py::dict cuda_pass_to_dict(const cuda::PassPlan& pass, const Problem& problem) {
 }
 
 py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
-                       const std::string& element_text, bool training, int sms, int shared_bytes, int64_t l2_bytes,
-                       double gigahertz) {
+                       const std::string& element_text, bool training, bool step_extras, int sms, int shared_bytes,
+                       int64_t l2_bytes, double gigahertz) {
   const int64_t compute_bytes = element_text == "float64" ? 8 : 4;
-  const Problem problem = {T, B, T * B, I, H, P, layers, directions, compute_bytes, training, false};
+  const Problem problem = {T, B, T * B, I, H, P, layers, directions, compute_bytes, training, false, step_extras};
   const auto element = parse_name("element", element_text, cuda::elements(), cuda::element_name);
   const cuda::Device device = {sms, shared_bytes, l2_bytes, gigahertz};
   py::dict d;

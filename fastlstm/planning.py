@@ -112,6 +112,7 @@ def plan(
     D: int = 1,
     dtype: torch.dtype | None = None,
     training: bool = False,
+    step_extras: bool = False,
     device: torch.device | str | None = None,
 ) -> Plan | CudaPlan:
     """The plan for T time steps of B rows: on the CPU with torch's current number of threads, or on a GPU.
@@ -127,6 +128,8 @@ def plan(
         D: directions, 1 or 2.
         dtype: float32 (the default), float64, bfloat16 or float16.
         training: whether a backward pass follows.
+        step_extras: whether a step is more than the cell: with recurrent dropout, zoneout, ``reset_hx`` or
+            ``return_cell_states``. A module's zoneout counts by itself, and its recurrent dropout in training mode.
         device: a device of this machine, or the name of a GPU model in :data:`fastlstm.planning.GPUS`, which need not
             be there. That of the module's parameters if None, or the CPU without a module.
 
@@ -142,6 +145,8 @@ def plan(
         D = 2 if module.bidirectional else 1
         parameter = next(module.parameters())
         dtype = parameter.dtype
+        dropped = module.training and getattr(module, "recurrent_dropout", 0) > 0
+        step_extras = step_extras or dropped or any(getattr(module, "zoneout", ()))
         device = parameter.device if device is None else device
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
@@ -155,7 +160,8 @@ def plan(
     if D not in (1, 2):
         raise ValueError(f"D must be 1 or 2, got {D}")
     if device in GPUS or (device is not None and torch.device(device).type == "cuda"):
-        return _cuda_plan(device, dtype or torch.float32, training, T=T, B=B, I=I, H=H, P=P, layers=L, directions=D)
+        sizes = {"T": T, "B": B, "I": I, "H": H, "P": P, "layers": L, "directions": D}
+        return _cuda_plan(device, dtype or torch.float32, training, step_extras, **sizes)
     if device is not None and torch.device(device).type != "cpu":
         raise ValueError(f"device must be a CPU, a CUDA device or one of {', '.join(GPUS)}, got {device}")
     found = _C.plan_for(
@@ -188,7 +194,9 @@ def plan(
     )
 
 
-def _cuda_plan(device: torch.device | str | None, dtype: torch.dtype, training: bool, **sizes: int) -> CudaPlan:
+def _cuda_plan(
+    device: torch.device | str | None, dtype: torch.dtype, training: bool, step_extras: bool, **sizes: int
+) -> CudaPlan:
     if isinstance(device, str) and device in GPUS:
         gpu, name = GPUS[device], device
     else:
@@ -198,7 +206,7 @@ def _cuda_plan(device: torch.device | str | None, dtype: torch.dtype, training: 
     element = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and _ops.reduced_products_permitted("cuda"):
         element = "tf32"
-    found = _C.cuda_plan_for(**sizes, element=element, training=training, **asdict(gpu))
+    found = _C.cuda_plan_for(**sizes, element=element, training=training, step_extras=step_extras, **asdict(gpu))
     forward, backward = found["forward"], found["backward"]
     return CudaPlan(
         forward=forward["family"],

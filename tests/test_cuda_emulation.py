@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,63 @@ def test_emulation() -> None:
 def test_random_problems(family: str, first: int) -> None:
     for seed in range(first, first + CASES_PER_TEST):
         check(random_case(family, seed))
+
+
+# What a step has beyond the cell, and how a backward pass may be asked for.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "reset states": {"resets": 0.3, "reset_states": True},
+    "recurrent dropout": {"recurrent_dropout": True},
+    "zoneout masks": {"zoneout": (0.3, 0.2)},
+    "zoneout rates": {"zoneout": (0.3, 0.2), "zoneout_masks": False},
+    "zoneout of h": {"zoneout": (0.3, 0)},
+    "zoneout of c": {"zoneout": (0, 0.2)},
+    "cell states": {"cell_layers": 1},
+}
+EVERYTHING = {name: value for extra in EXTRAS.values() for name, value in extra.items()} | {"zoneout": (0.3, 0.2)}
+BACKWARD: dict[str, dict[str, Any]] = {
+    "recompute": {"recompute": True},
+    "groups": {"groups": 3},
+    "a group for each row": {"groups": 9},
+    "recompute in groups": {"recompute": True, "groups": 3},
+}
+LAYOUTS: list[dict[str, Any]] = [{}, {"batch_sizes": (9, 7, 7, 2)}, {"lengths": (4, 0, 2, 4, 5, 1, 3, -1, 4)}]
+
+
+@pytest.mark.parametrize("element", [*MULTIPLIED, "fp64"])
+@pytest.mark.parametrize("extra", [*EXTRAS, "everything", "everything of all layers, recomputed"])
+def test_extras_of_steps(extra: str, element: str) -> None:
+    options = EXTRAS.get(extra, EVERYTHING)
+    if "recomputed" in extra:
+        options = options | {"cell_layers": 2, "recompute": True}
+    for layout, (L, D, P) in itertools.product(LAYOUTS, [(2, 2, 0), (2, 1, 4)]):
+        case = Case("stepwise", element, T=4, B=9, I=2, H=12 if P else 9, L=L, D=D, P=P, **options | layout)
+        check(replace(case, dropout="everything" in extra))
+        inputs = make_inputs(case)
+        training = computed(case, inputs, backward=False)
+        emulated.seed(7)
+        *outputs, saved, cells = emulated.lstm(
+            inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options, save=False
+        )
+        assert saved == []
+        assert equal(dict(zip(training, [*outputs, *cells], strict=True)), training)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_ways_of_backward(kind: str, family: str) -> None:
+    options = BACKWARD[kind]
+    for element, layout, (L, D) in itertools.product(MULTIPLIED, LAYOUTS, [(1, 2), (3, 1)]):
+        if "batch_sizes" in layout and "groups" in options:
+            continue
+        case = Case(family, element, T=4, B=9, I=2, H=20, L=L, D=D, dropout=L > 1, **options | layout)
+        check(replace(case, resets=0.2 if L > 1 else 0))
+
+
+def test_gates_that_are_computed_again_are_not_saved() -> None:
+    case = Case("persistent", "bf16", T=3, B=2, I=2, H=16, L=2, recompute=True)
+    inputs = make_inputs(case)
+    *_, saved, _ = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+    assert [tuple(t.shape) for t in saved] == [(2, 0, 64), (2, 6, 16), (1, 6, 16)]
 
 
 # ---------------------------------------------------------------------------------------------------- values
@@ -316,6 +374,8 @@ def test_empty_batch() -> None:
         (Case("persistent", "fp64", T=2, B=2, I=2, H=16), "float64"),
         (Case("resident", "fp64", T=2, B=2, I=2, H=16), "float64"),
         (Case("persistent", "bf16", T=2, B=2, I=2, H=16, P=4), "proj_size"),
+        (Case("streamed", "bf16", T=2, B=2, I=2, H=16, cell_layers=1), "return_cell_states"),
+        (Case("resident", "bf16", T=2, B=2, I=2, H=16, zoneout=(0, 0.5), zoneout_masks=False), "zoneout"),
         (Case("resident", "bf16", T=2, B=2, I=2, H=140), "hidden_size 140"),
         (Case("persistent", "bf16", T=2, B=2, I=2, H=80, device=(2, DEVICES[0][1])), "2 SMs"),
     ],

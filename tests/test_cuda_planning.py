@@ -6,19 +6,20 @@ import pytest
 import torch
 
 import fastlstm
-from fastlstm import _C
+from fastlstm import _C, FastLSTM
 from fastlstm.planning import GPUS, CudaPlan
 
 ELEMENTS = ["bfloat16", "float16", "tf32", "float32", "float64"]
 
 
-def passes(gpu: str, element: str, training: bool = True, **sizes: int) -> dict:
+def passes(gpu: str, element: str, training: bool = True, step_extras: bool = False, **sizes: int) -> dict:
     sizes = {"T": 100, "B": 16, "I": sizes["H"], "P": 0, "layers": 1, "directions": 1} | sizes
     limits = GPUS[gpu]
     return _C.cuda_plan_for(
         **sizes,
         element=element,
         training=training,
+        step_extras=step_extras,
         sms=limits.sms,
         shared_bytes=limits.shared_bytes,
         l2_bytes=limits.l2_bytes,
@@ -61,6 +62,24 @@ def test_every_plan_fits_the_gpu_and_covers_the_batch(gpu, element):
 )
 def test_families_on_an_h200(sizes, element, forward):
     assert passes("H200", element, **sizes)["forward"]["family"] == forward
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_steps_with_extras_run_one_by_one(element):
+    for hidden, batch, layers in product((8, 128, 512), (1, 300), (1, 3)):
+        found = passes("H200", element, step_extras=True, H=hidden, B=batch, layers=layers)
+        assert (found["forward"]["family"], found["backward"]["family"]) == ("stepwise", "stepwise")
+
+
+def test_extras_of_a_module():
+    def family(module: torch.nn.LSTM, **options: bool) -> str:
+        return fastlstm.plan(module, T=9, B=8, device="H200", **options).forward
+
+    assert family(torch.nn.LSTM(8, 64)) == family(FastLSTM(8, 64)) == "resident"
+    assert family(FastLSTM(8, 64), step_extras=True) == "stepwise"
+    assert family(FastLSTM(8, 64, zoneout=(0.0, 0.1)).eval()) == "stepwise"
+    dropped = FastLSTM(8, 64, recurrent_dropout=0.1)
+    assert (family(dropped), family(dropped.eval())) == ("stepwise", "resident")
 
 
 def test_weights_that_no_l4_can_hold_are_read_step_by_step():
@@ -158,6 +177,7 @@ def test_forced_families_and_shapes():
         ("persistent", {"H": 5000}, torch.bfloat16, "'persistent' cannot hold weights of hidden_size 5000"),
         ("resident", {"H": 256}, torch.bfloat16, "'resident' cannot hold weights of hidden_size 256"),
         ("persistent", {"H": 64, "P": 8}, torch.bfloat16, "'persistent' does not support proj_size > 0"),
+        ("streamed", {"H": 64, "step_extras": True}, torch.bfloat16, "'streamed' does not support reset_hx, recurrent"),
         ("persistent", {"H": 64}, torch.float64, "'persistent' multiplies on tensor cores.* float64"),
     ],
 )

@@ -52,12 +52,18 @@ struct RowRange {
   Tensor of(const Tensor& t) const { return t.narrow(0, first, count); }
 };
 
+// Of a tensor that may be undefined, or of its i-th part.
+void* pointer(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+void* pointer(const Tensor& t, int64_t i) { return t.defined() ? t.select(0, i).data_ptr() : nullptr; }
+
 // A call on the device, measured, with all it has in contiguous tensors.
 class Stack {
  public:
-  Stack(const Arguments& arguments, const Call& call)
+  // groups: of adjacent rows of the batch, each of which has gradients of the weights of its own.
+  Stack(const Arguments& arguments, const Call& call, int64_t groups)
       : a(arguments),
         p(arguments.problem),
+        groups(groups),
         element(element_of(a.type, call.reduced_products)),
         stream(current_stream(call.x.device())),
         limits(limits_of(call.x.device())),
@@ -65,7 +71,14 @@ class Stack {
         options(call.x.options()),
         x(rows(call.x)),
         h_0(states(call.h_0)),
-        c_0(states(call.c_0)) {
+        c_0(states(call.c_0)),
+        reset_h(states(call.reset_h)),
+        recurrent_mask(states(call.recurrent_mask)),
+        reset_c_(states(call.reset_c)),
+        zoneout_h_(marks(call.zoneout_h)),
+        zoneout_c_(marks(call.zoneout_c)),
+        zoneout_rate_h_(call.zoneout_rate_h),
+        zoneout_rate_c_(call.zoneout_rate_c) {
     if (call.dropout_mask) dropout_mask = call.dropout_mask->reshape({p.layers - 1, p.N, width()});
     for (size_t i = 0; i < call.weights.size(); i += a.per_direction) {
       const Tensor* w = call.weights.data() + i;
@@ -103,6 +116,27 @@ class Stack {
     Tensor result = empty({left.size(0), right.size(1)});
     multiply(element, result, left, right);
     return result;
+  }
+  // The sum of all rows of left^T right; with groups, [G, ...]: of the rows of each.
+  Tensor gradient(const Tensor& left, const Tensor& right) const {
+    return groups == 1 ? product(left.t(), right) : multiply_batches(grouped(left).transpose(1, 2), grouped(right));
+  }
+  // The sum of all rows, likewise. As a product, with sums in float32: torch's reduction of so few columns takes twice
+  // the memory of its input.
+  Tensor sum_of_rows(const Tensor& t) const {
+    const Tensor ones = at::ones({1, t.size(0) / groups}, options);
+    if (groups > 1) return multiply_batches(ones.expand({groups, 1, ones.size(1)}), grouped(t)).squeeze(1);
+    const Tensor sum = empty({1, t.size(1)});
+    multiply(element == Element::kTf32 ? Element::kFp32 : element, sum, ones, t);
+    return sum.squeeze(0);
+  }
+  // What steps of a direction of a layer have beyond the cell.
+  StepExtras extras(int64_t state) const {
+    const auto zoneout = [&](const Tensor& mask, double rate) -> Zoneout {
+      return {static_cast<const bool*>(pointer(mask, state)), rate};
+    };
+    return {pointer(reset_h, state), pointer(reset_c_, state), pointer(recurrent_mask, state),
+            zoneout(zoneout_h_, zoneout_rate_h_), zoneout(zoneout_c_, zoneout_rate_c_)};
   }
   int64_t width() const { return p.directions * p.output_size(); }
   // Rows of x, y and what is saved that belong to no step: columns are of different lengths and nothing is packed.
@@ -145,20 +179,31 @@ class Stack {
   Tensor rows(const Tensor& t) const { return as(t, a.type).reshape({p.N, t.size(-1)}); }
   // [L*D, B, features], or of a single step [B, features], as [L*D, B, features].
   Tensor states(const Tensor& t) const { return as(t, a.type).reshape({p.layers * p.directions, p.B, t.size(-1)}); }
+  Tensor states(const OptionalTensor& t) const { return t ? states(*t) : Tensor(); }
+  // [blocks, *x.shape[:-1], features] as [blocks, N, features], contiguous.
+  Tensor blocks_of_rows(const Tensor& t) const { return t.contiguous().reshape({t.size(0), p.N, t.size(-1)}); }
 
   const Arguments& a;
   const Problem& p;
+  const int64_t groups;
   const Element element;
   const cudaStream_t stream;
   const Device& limits;
   const Constraints constraints;
   const at::TensorOptions options;
-  const Tensor x, h_0, c_0;  // [N, I]; [L*D, B, P]; [L*D, B, H]
-  Tensor dropout_mask;       // [L-1, N, D*P], or undefined
-  Tensor lengths;            // [B] on the device, of padded sequences; or undefined
+  const Tensor x, h_0, c_0;              // [N, I]; [L*D, B, P]; [L*D, B, H]
+  const Tensor reset_h, recurrent_mask;  // [L*D, B, P], or undefined
+  Tensor dropout_mask;                   // [L-1, N, D*P], or undefined
+  Tensor lengths;                        // [B] on the device, of padded sequences; or undefined
   Sequences sequences = {};
 
  private:
+  Tensor marks(const OptionalTensor& t) const { return t ? blocks_of_rows(*t) : Tensor(); }
+  // [N, features] as [groups, rows of a group, features].
+  Tensor grouped(const Tensor& t) const {
+    const int64_t features = t.size(1), rows = p.B / groups;
+    return t.view({p.T, groups, rows, features}).transpose(0, 1).reshape({groups, p.T * rows, features});
+  }
   // Of those that are defined: whether they begin at multiples of 16 bytes.
   static bool begin_aligned(std::initializer_list<const Tensor*> tensors) {
     return std::ranges::all_of(
@@ -170,6 +215,8 @@ class Stack {
     return on_host.clone().to(options.device());
   }
 
+  const Tensor reset_c_, zoneout_h_, zoneout_c_;  // [L*D, B, H], [L*D, N, P], [L*D, N, H], or undefined
+  const double zoneout_rate_h_, zoneout_rate_c_;
   std::vector<Weights> weights_;
   Tensor packing_, reset_mask_;
 };
@@ -201,8 +248,6 @@ void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& r
     }
 }
 
-void* pointer(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
-
 // ------------------------------------------------------------------------------------------------ forward
 
 struct LayerForward {
@@ -210,7 +255,8 @@ struct LayerForward {
   Tensor below;         // [N, I_l], the outputs of the layer below before dropout, or x
   Tensor y;             // [N, D*P]
   Tensor h_n, c_n;      // [L*D, B, P], [L*D, B, H]
-  Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined in inference
+  Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined where they are not saved
+  Tensor cell_states;   // [D, N, H], or undefined
 };
 
 // Rows of what layer l reads: of the outputs of the layer below, with dropout.
@@ -233,7 +279,7 @@ ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, 
                   const RowRange& rows, const Tensor& w_hh, const Tensor& h_0) {
   const int64_t state = layer.index * s.p.directions + direction;
   const Weights& w = s.weights(layer.index, direction);
-  const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
+  const auto part = [&](const Tensor& t) { return pointer(t, state); };
   ForwardRun run = {};
   run.reverse = direction == 1;
   run.end = s.sequences.steps;
@@ -263,7 +309,8 @@ Params step_params(const Stack& s, const LayerForward& layer, int64_t direction,
   params.hidden = static_cast<int>(s.p.H);
   params.outputs = static_cast<int>(s.p.output_size());
   params.y_stride = s.width();
-  params.vectors = s.vectors({&gates_x, &w.b_ih, &w.b_hh, &s.h_0, &s.c_0, &layer.y, &layer.h_n, &layer.c_n});
+  params.vectors = s.vectors(
+      {&gates_x, &w.b_ih, &w.b_hh, &s.h_0, &s.c_0, &layer.y, &layer.h_n, &layer.c_n, &s.reset_h, &s.recurrent_mask});
   params.run = run_of(s, layer, direction, gates_x, {0, s.p.N}, w_hh, h_0);
   params.h = h.data_ptr();
   params.h_stride = static_cast<int>(h.size(1));
@@ -276,9 +323,14 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, kGates * p.H}), h = s.empty({p.B, p.output_size()});
   const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N});
-  Tensor hidden_state, projected;
+  Tensor hidden_state, projected, kept_h;
   auto params = step_params<StepForwardParams>(s, layer, direction, gates_x, w.w_hh, h, c);
   params.product = product.data_ptr();
+  params.has_extras = p.step_extras;
+  params.extras = s.extras(layer.index * p.directions + direction);
+  if (params.extras.zoneout_h.active()) kept_h = s.empty_compute({p.B, p.output_size()});
+  params.kept_h = pointer(kept_h);
+  params.cell_states = pointer(layer.cell_states, direction);
   if (p.P > 0) {
     hidden_state = s.empty({p.B, p.H});
     projected = s.empty({p.B, p.P});
@@ -371,9 +423,13 @@ struct LayerBackward {
   Tensor below;                       // [N, I_l], as in LayerForward
   Tensor y;                           // [N, D*P], of this layer
   Tensor d_y;                         // [N, D*P], or undefined
-  Tensor gates, cells;                // [L*D, N, 4H], [L*D, N, H]
+  Tensor d_cell_states;               // [D, N, H], or undefined
+  Tensor gates[kDirections];          // [N, 4H]
+  Tensor cells;                       // [L*D, N, H]
   Tensor d_h_n, d_c_n;                // [L*D, B, P], [L*D, B, H], or undefined
   Tensor d_h_0, d_c_0;                // likewise
+  Tensor d_reset_h, d_reset_c;        // likewise, in the compute type: sums over restarts
+  Tensor read_h[kDirections];         // [N, P], what steps read as h; undefined until it is asked for
   Tensor d_gates[kDirections];        // [N, 4H]
   Tensor d_outputs[kDirections];      // [N, P] and
   Tensor hidden_states[kDirections];  // [N, H], the factors of the gradient of W_hr
@@ -381,12 +437,12 @@ struct LayerBackward {
 
 BackwardRun run_of(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& w_hh) {
   const int64_t state = layer.index * s.p.directions + direction;
-  const auto part = [&](const Tensor& t) { return t.defined() ? t.select(0, state).data_ptr() : nullptr; };
+  const auto part = [&](const Tensor& t) { return pointer(t, state); };
   BackwardRun run = {};
   run.reverse = direction == 1;
   run.end = s.sequences.steps;
   run.w_hh = pointer(w_hh);
-  run.gates = part(layer.gates);
+  run.gates = pointer(layer.gates[direction]);
   run.cells = part(layer.cells);
   run.c_0 = part(s.c_0);
   if (layer.d_y.defined()) run.d_y = layer.d_y.narrow(1, direction * s.p.output_size(), s.p.output_size()).data_ptr();
@@ -407,7 +463,8 @@ Params step_params(const Stack& s, const LayerBackward& layer, int64_t direction
   params.hidden = static_cast<int>(s.p.H);
   params.outputs = static_cast<int>(s.p.output_size());
   params.y_stride = s.width();
-  params.vectors = s.vectors({&layer.gates, &layer.cells, &s.c_0, &layer.d_y, &layer.d_h_n, &layer.d_c_n});
+  params.vectors = s.vectors(
+      {&layer.gates[direction], &layer.cells, &s.c_0, &layer.d_y, &layer.d_h_n, &layer.d_c_n, &s.recurrent_mask});
   params.run = run_of(s, layer, direction, w_hh);
   params.d_h = d_h.data_ptr();
   params.d_c = d_c.data_ptr();
@@ -419,9 +476,17 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, p.output_size()}), d_h = s.empty_compute({p.B, p.output_size()});
   const Tensor d_c = s.empty_compute({p.B, p.H});
-  Tensor d_hidden;
+  const int64_t state = layer.index * p.directions + direction;
+  Tensor d_hidden, kept_d_h;
   auto params = step_params<StepBackwardParams>(s, layer, direction, w.w_hh, d_h, d_c);
   params.product = product.data_ptr();
+  params.has_extras = p.step_extras;
+  params.extras = s.extras(state);
+  if (params.extras.zoneout_h.active()) kept_d_h = s.empty_compute({p.B, p.output_size()});
+  params.kept_d_h = pointer(kept_d_h);
+  params.d_cell_states = pointer(layer.d_cell_states, direction);
+  params.d_reset_h = pointer(layer.d_reset_h, state);
+  params.d_reset_c = pointer(layer.d_reset_c, state);
   if (p.P > 0) {
     d_hidden = s.empty({p.B, p.H});
     params.d_outputs = layer.d_outputs[direction].data_ptr();
@@ -440,7 +505,8 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
     multiply(s.element, product.narrow(0, 0, rows.count), rows.of(layer.d_gates[direction]), w.w_hh);
   }
   params.n = s.sequences.steps;
-  if (layer.d_h_0.defined()) check(launch_finish_backward(s.element, params, s.stream), "a backward pass");
+  if (layer.d_h_0.defined() || layer.d_reset_h.defined())
+    check(launch_finish_backward(s.element, params, s.stream), "a backward pass");
 }
 
 void streamed_backward(const Stack& s, const LayerBackward& layer, int64_t direction, const PassPlan& plan) {
@@ -477,8 +543,8 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
   std::vector<Direction> all;
   bool aligned = true;
   for (const LayerBackward& layer : layers) {
-    aligned = aligned && s.aligned({&layer.gates, &layer.cells, &layer.d_y});
     for (int64_t d = 0; d < directions; ++d) {
+      aligned = aligned && s.aligned({&layer.gates[d], &layer.cells, &layer.d_y});
       Direction of = {s.factor_rows(s.weights(layer.index, d).w_hh), {}, {}};
       if (runs_of_layer > 1) of.carried_d_h = s.carried_state(), of.carried_d_c = s.carried_state();
       all.push_back(std::move(of));
@@ -513,14 +579,56 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
   }
 }
 
+// What the steps of a direction read as h.
+Tensor read_h(const Stack& s, const LayerBackward& layer, int64_t direction) {
+  const Problem& p = s.p;
+  const int64_t state = layer.index * p.directions + direction;
+  const Tensor h_0 = s.h_0[state], y = layer.y.narrow(1, direction * p.output_size(), p.output_size());
+  const Tensor previous = s.empty({p.N, p.output_size()});
+  PreviousOutputsParams params = {};
+  params.sequences = s.sequences;
+  params.reverse = direction == 1;
+  params.vectors = s.vectors({&y, &h_0, &s.reset_h, &s.recurrent_mask});
+  params.outputs = static_cast<int>(p.output_size());
+  params.y_stride = s.width();
+  params.y = y.data_ptr();
+  params.h_0 = h_0.data_ptr();
+  params.reset_h = pointer(s.reset_h, state);
+  params.recurrent_mask = pointer(s.recurrent_mask, state);
+  params.previous = previous.data_ptr();
+  check(launch_previous_outputs(s.element, params, s.stream), "a backward pass");
+  return previous;
+}
+
+// Gates that the forward pass has not kept: products of all rows at once, because all h are known.
+void compute_gates_again(const Stack& s, LayerBackward& layer) {
+  const Problem& p = s.p;
+  const Tensor input = input_of_layer(s, layer.index, layer.below, {0, p.N});
+  for (int64_t d = 0; d < p.directions; ++d) {
+    const Weights& w = s.weights(layer.index, d);
+    const Tensor gates = s.product(input, w.w_ih.t());
+    layer.read_h[d] = read_h(s, layer, d);
+    multiply(s.element, gates, layer.read_h[d], w.w_hh.t(), true);
+    const ActivateGatesParams params = {p.N,
+                                        static_cast<int>(p.H),
+                                        s.vectors({&gates, &w.b_ih, &w.b_hh}),
+                                        pointer(w.b_ih),
+                                        pointer(w.b_hh),
+                                        gates.data_ptr()};
+    check(launch_activate_gates(s.element, params, s.stream), "a backward pass");
+    layer.gates[d] = gates;
+  }
+}
+
 // d_gates^T times what each step read as h.
 Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t direction) {
   const Problem& p = s.p;
   const bool reverse = direction == 1;
-  const Tensor& d_gates = layer.d_gates[direction];
-  const Tensor h_0 = s.h_0[layer.index * p.directions + direction];
-  const Tensor y = layer.y.narrow(1, direction * p.output_size(), p.output_size());
-  if (s.sequences.lengths == nullptr && s.sequences.resets == nullptr) {
+  const Tensor &d_gates = layer.d_gates[direction], &read = layer.read_h[direction];
+  const bool rows_of_y = !s.sequences.lengths && !s.sequences.resets && !s.recurrent_mask.defined();
+  if (!read.defined() && rows_of_y && s.groups == 1) {
+    const Tensor h_0 = s.h_0[layer.index * p.directions + direction];
+    const Tensor y = layer.y.narrow(1, direction * p.output_size(), p.output_size());
     // Row n of y is what step n + 1 (in reverse, n - 1) read.
     const int64_t others = p.N - p.B;
     const Tensor of_first = d_gates.narrow(0, reverse ? others : 0, p.B).t(),
@@ -529,18 +637,7 @@ Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t dire
     if (others > 0) multiply(s.element, gradient, of_others, y.narrow(0, reverse ? p.B : 0, others), true);
     return gradient;
   }
-  const Tensor previous = s.empty({p.N, p.output_size()});
-  PreviousOutputsParams params = {};
-  params.sequences = s.sequences;
-  params.reverse = reverse;
-  params.vectors = s.vectors({&y, &h_0});
-  params.outputs = static_cast<int>(p.output_size());
-  params.y_stride = s.width();
-  params.y = y.data_ptr();
-  params.h_0 = h_0.data_ptr();
-  params.previous = previous.data_ptr();
-  check(launch_previous_outputs(s.element, params, s.stream), "a backward pass");
-  return s.product(d_gates.t(), previous);
+  return s.gradient(d_gates, read.defined() ? read : read_h(s, layer, direction));
 }
 
 // x without the rows that belong to no step: what they hold must not reach a gradient, NaN included.
@@ -549,13 +646,6 @@ Tensor without_padding(const Stack& s, const Tensor& input) {
   const Tensor steps = at::arange(s.p.T, lengths.options()).unsqueeze(1);
   const Tensor behind_end = steps.ge(lengths.unsqueeze(0)).reshape({s.p.N, 1});
   return input.masked_fill(behind_end, 0);
-}
-
-// As a product, with sums in float32: torch's reduction of so few columns takes twice the memory of its input.
-Tensor sum_of_rows(const Stack& s, const Tensor& t) {
-  const Tensor sum = s.empty({1, t.size(1)});
-  multiply(s.element == Element::kTf32 ? Element::kFp32 : s.element, sum, at::ones({1, t.size(0)}, s.options), t);
-  return sum.squeeze(0);
 }
 
 // Into their places in d_weights, those that are needed.
@@ -571,40 +661,27 @@ void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_b
         input = input_of_layer(s, layer.index, layer.below, {0, s.p.N});
         if (s.padded() && layer.index == 0) input = without_padding(s, input);
       }
-      d_weights[first] = s.product(d_gates.t(), input);
+      d_weights[first] = s.gradient(d_gates, input);
     }
     if (needed(1)) d_weights[first + 1] = gradient_of_w_hh(s, layer, d);
     if (has_bias && (needed(2) || needed(3))) {
-      const Tensor d_bias = sum_of_rows(s, d_gates);
+      const Tensor d_bias = s.sum_of_rows(d_gates);
       if (needed(2)) d_weights[first + 2] = d_bias;
       if (needed(3)) d_weights[first + 3] = needed(2) ? d_bias.clone() : d_bias;
     }
     if (s.p.P > 0 && needed(s.a.per_direction - 1))
-      d_weights[first + s.a.per_direction - 1] = s.product(layer.d_outputs[d].t(), layer.hidden_states[d]);
+      d_weights[first + s.a.per_direction - 1] = s.gradient(layer.d_outputs[d], layer.hidden_states[d]);
   }
 }
 
 }  // namespace
 
-namespace {
-
-// What the kernels of the CPU have and these do not.
-void refuse_what_is_missing(const Call& call, bool cell_states, bool recompute, int64_t groups) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!call.reset_h && !call.recurrent_mask && !call.zoneout_h && !call.zoneout_c &&
-                                  call.zoneout_rate_h == 0 && call.zoneout_rate_c == 0 && !cell_states && !recompute &&
-                                  groups == 1,
-                              "reset_hx, recurrent_dropout, zoneout, return_cell_states, recompute and gradients per "
-                              "sample have no CUDA kernels yet; move module and tensors to the CPU");
-}
-
-}  // namespace
-
 ForwardResult lstm(const Call& call, const Wanted& wanted) {
-  refuse_what_is_missing(call, wanted.cell_layers > 0, wanted.recompute, 1);
   const Tensor& x = call.x;
-  const bool save = wanted.save;
-  const Arguments a = parse(call, save);
+  const bool save = wanted.save, save_gates = save && !wanted.recompute;
+  Arguments a = parse(call, save);
   check_wanted(a, wanted);
+  a.problem.step_extras |= wanted.cell_layers > 0;
   const at::OptionalDeviceGuard guard(x.device());
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
@@ -613,11 +690,16 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
   const auto compute = x.options().dtype(a.compute_type);
   std::vector<Tensor> saved;
   if (save)
-    saved = {at::empty({states, p.N, kGates * p.H}, x.options()), at::empty({states, p.N, p.H}, compute),
-             at::empty({p.layers - 1, p.N, width}, x.options())};
+    saved = {at::empty({states, save_gates ? p.N : 0, kGates * p.H}, x.options()),
+             at::empty({states, p.N, p.H}, compute), at::empty({p.layers - 1, p.N, width}, x.options())};
   Tensor y = at::empty({p.N, width}, x.options());
+  std::vector<Tensor> cell_states;
+  const int64_t returned = wanted.cell_layers * p.directions;
+  if (returned > 0) cell_states = {at::empty({returned, p.N, p.H}, x.options())};
   if (p.B > 0) {
-    const Stack s(a, call);
+    const Stack s(a, call, 1);
+    if (s.padded())
+      for (Tensor& t : cell_states) t.zero_();
     const PassPlan plan = plan_forward(p, s.element, s.limits, s.constraints);
     Tensor below = s.x;
     for (int64_t first = 0; first < p.layers; first += plan.layers) {
@@ -625,7 +707,9 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
       for (int64_t l = first; l < std::min(first + plan.layers, p.layers); ++l) {
         const Tensor out = l == p.layers - 1 ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
         if (s.padded()) out.zero_();
-        layers.push_back({l, below, out, h_n, c_n, save ? saved[0] : Tensor(), save ? saved[1] : Tensor()});
+        const int64_t first_returned = (l - p.layers + wanted.cell_layers) * p.directions;  // of the layer
+        layers.push_back({l, below, out, h_n, c_n, save_gates ? saved[0] : Tensor(), save ? saved[1] : Tensor(),
+                          first_returned < 0 ? Tensor() : cell_states[0].narrow(0, first_returned, p.directions)});
         below = out;
       }
       if (keeps_weights(plan.family)) {
@@ -641,50 +725,69 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
     }
   }
   const auto as_states = [&](const Tensor& t) { return t.reshape(a.states.then(t.size(-1))); };
-  return {y.reshape(a.rows.then(width)), as_states(h_n), as_states(c_n), std::move(saved), {}};
+  for (Tensor& t : cell_states) t = t.reshape(a.rows_of(returned, p.H));
+  return {y.reshape(a.rows.then(width)), as_states(h_n), as_states(c_n), std::move(saved), std::move(cell_states)};
 }
 
 BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
-  refuse_what_is_missing(call, backward.d_cell_states.has_value(), false, backward.groups);
   const Tensor& x = call.x;
   const at::TensorList weights = call.weights, saved = backward.saved;
   const at::IntArrayRef needs = backward.needs;
-  const Arguments a = parse(call, true);
+  Arguments a = parse(call, true);
   check_backward(a, call, backward, a.type);
+  a.problem.step_extras |= backward.d_cell_states.has_value();
   const at::OptionalDeviceGuard guard(x.device());
   const Problem& p = a.problem;
   const Tensor nothing = at::empty({0}, x.options());
-  std::vector<Tensor> d_weights(weights.size(), nothing);
+  std::vector<Tensor> d_weights(weights.size(), nothing), d_resets;
+  const bool needs_resets = call.reset_h && needs.back() != 0;
   if (p.B == 0) {  // sums over no rows
-    for (size_t i = 0; i < weights.size(); ++i)
-      if (needs[2 + i]) d_weights[i] = weights[i].new_zeros(weights[i].sizes());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (needs[2 + i] == 0) continue;
+      at::DimVector sizes(weights[i].sizes());
+      if (backward.groups > 1) sizes.insert(sizes.begin(), backward.groups);
+      d_weights[i] = weights[i].new_zeros(sizes);
+    }
     const auto like = [&](const Tensor& t, bool needed) { return needed ? t.new_empty(t.sizes()) : nothing; };
-    return {like(x, needs[0]), like(call.h_0, needs[1]), like(call.c_0, needs[1]), std::move(d_weights), {}};
+    if (call.reset_h) d_resets = {like(*call.reset_h, needs_resets), like(*call.reset_c, needs_resets)};
+    return {like(x, needs[0]), like(call.h_0, needs[1]), like(call.c_0, needs[1]), std::move(d_weights),
+            std::move(d_resets)};
   }
-  const Stack s(a, call);
+  const Stack s(a, call, backward.groups);
   const PassPlan plan = plan_backward(p, s.element, s.limits, s.constraints);
-  const auto given = [&](const OptionalTensor& t) { return t ? s.states(*t) : Tensor(); };
   const Tensor d_h_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.output_size()}) : Tensor(),
                d_c_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.H}) : Tensor();
-  const Tensor initial_d_h = given(backward.d_h_n), initial_d_c = given(backward.d_c_n);
+  const Tensor initial_d_h = s.states(backward.d_h_n), initial_d_c = s.states(backward.d_c_n);
+  const auto zeros = [&](int64_t features) {
+    return needs_resets ? s.empty_compute({p.layers * p.directions, p.B, features}).zero_() : Tensor();
+  };
+  const Tensor d_reset_h = zeros(p.output_size()), d_reset_c = zeros(p.H);
+  const Tensor d_cell_states =
+      backward.d_cell_states ? s.blocks_of_rows(as(*backward.d_cell_states, a.type)) : Tensor();
+  const int64_t cell_layers = d_cell_states.defined() ? d_cell_states.size(0) / p.directions : 0;
   Tensor d_x = nothing;
   Tensor d_y_of_layer = backward.d_y ? s.rows(*backward.d_y) : Tensor();
   for (int64_t first = p.layers - 1; first >= 0; first -= plan.layers) {
     std::vector<LayerBackward> layers;
     for (int64_t l = first; l > std::max<int64_t>(first - plan.layers, -1); --l) {
-      LayerBackward layer = {l,
-                             l == 0 ? s.x : saved[2][l - 1],
-                             l == p.layers - 1 ? s.rows(backward.y) : saved[2][l],
-                             l == first ? d_y_of_layer : s.empty({p.N, s.width()}),
-                             saved[0],
-                             saved[1],
-                             initial_d_h,
-                             initial_d_c,
-                             d_h_0,
-                             d_c_0,
-                             {},
-                             {},
-                             {}};
+      LayerBackward layer = {};
+      layer.index = l;
+      layer.below = l == 0 ? s.x : saved[2][l - 1];
+      layer.y = l == p.layers - 1 ? s.rows(backward.y) : saved[2][l];
+      layer.d_y = l == first ? d_y_of_layer : s.empty({p.N, s.width()});
+      const int64_t first_returned = (l - p.layers + cell_layers) * p.directions;  // of the layer
+      if (first_returned >= 0) layer.d_cell_states = d_cell_states.narrow(0, first_returned, p.directions);
+      layer.cells = saved[1];
+      layer.d_h_n = initial_d_h;
+      layer.d_c_n = initial_d_c;
+      layer.d_h_0 = d_h_0;
+      layer.d_c_0 = d_c_0;
+      layer.d_reset_h = d_reset_h;
+      layer.d_reset_c = d_reset_c;
+      if (saved[0].size(1) == 0)
+        compute_gates_again(s, layer);
+      else
+        for (int64_t d = 0; d < p.directions; ++d) layer.gates[d] = saved[0][l * p.directions + d];
       for (int64_t d = 0; d < p.directions; ++d) {
         layer.d_gates[d] = s.empty({p.N, kGates * p.H});
         if (p.P > 0) layer.d_outputs[d] = s.empty({p.N, p.P}), layer.hidden_states[d] = s.empty({p.N, p.H});
@@ -711,8 +814,11 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
     else
       d_y_of_layer = input_of_layer(s, lowest.index, d_input, {0, p.N});  // through the same dropout
   }
-  const auto as_states = [&](const Tensor& t) { return t.defined() ? t.reshape(a.states.then(t.size(-1))) : nothing; };
-  return {d_x, as_states(d_h_0), as_states(d_c_0), std::move(d_weights), {}};
+  const auto as_states = [&](const Tensor& t) {
+    return t.defined() ? as(t, a.type).reshape(a.states.then(t.size(-1))) : nothing;
+  };
+  if (call.reset_h) d_resets = {as_states(d_reset_h), as_states(d_reset_c)};
+  return {d_x, as_states(d_h_0), as_states(d_c_0), std::move(d_weights), std::move(d_resets)};
 }
 
 }  // namespace fastlstm::cuda

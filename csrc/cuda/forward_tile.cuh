@@ -106,6 +106,8 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     for (int o = 0; o < Octets; ++o) {
       const typename Base::Rows rows(*this, t, o);
       rows.template store<E>(static_cast<Storage*>(run_.y) + first_unit_, static_cast<uint32_t>(p_.y_stride), h[o]);
+      if (run_.cells == nullptr) continue;
+      rows.store_floats(static_cast<float*>(run_.cells) + first_unit_, p_.hidden, c[o]);
       if (!saves_gates()) continue;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
@@ -113,7 +115,6 @@ class ForwardTile : Tile<ForwardRun, Octets> {
         rows.template store<E>(static_cast<Storage*>(run_.gates) + gate * p_.hidden + first_unit_, kGates * p_.hidden,
                                values);
       }
-      rows.store_floats(static_cast<float*>(run_.cells) + first_unit_, p_.hidden, c[o]);
     }
   }
 

@@ -39,6 +39,8 @@ cudaError_t launch_outputs_backward(Element element, const StepBackwardParams& p
 cudaError_t launch_cells_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
 cudaError_t launch_finish_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
 
+// What all steps read as h, and their gates, for backward passes of any family.
 cudaError_t launch_previous_outputs(Element element, const PreviousOutputsParams& params, cudaStream_t stream);
+cudaError_t launch_activate_gates(Element element, const ActivateGatesParams& params, cudaStream_t stream);
 
 }  // namespace fastlstm::cuda

@@ -33,8 +33,8 @@ struct ForwardRun {
   void* y;              // S [N, y_stride], of which this direction fills H columns from here on
   void* h_n;            // S [B, H]
   void* c_n;            // S [B, H]
-  void* gates;          // S [N, 4H], activations i, f, g, o for backward; or null
   void* cells;          // [N, H] in the compute type, c_t for backward; or null
+  void* gates;          // S [N, 4H], activations i, f, g, o for backward; or null, as it is without cells
   void* carried_h;   // S [B, row_stride], zero behind H: states between this run and others; null if it is the only one
   float* carried_c;  // [B, H]
 };
@@ -73,6 +73,21 @@ struct LaunchParams {
 using ForwardParams = LaunchParams<ForwardRun>;
 using BackwardParams = LaunchParams<BackwardRun>;
 
+// What zoneout keeps of a state: its part that is of the step before.
+struct Zoneout {
+  const bool* mask;  // [N, features]: whether an element is kept, or null; then
+  double rate;       // this part of every element is
+
+  constexpr bool active() const { return mask != nullptr || rate != 0; }
+};
+
+// What a step has beyond the cell; see Problem::step_extras.
+struct StepExtras {
+  const void *reset_h, *reset_c;  // S [B, P], [B, H]: the states behind a cut, or null: zero
+  const void* recurrent_mask;     // S [B, P]: factors on h as the product reads it, or null
+  Zoneout zoneout_h, zoneout_c;   // of [N, P] and [N, H]
+};
+
 // One step of one direction by the stepwise family, between the products, which are a library's. P: the size of what a
 // layer puts out, H without a projection.
 template <class Run>
@@ -80,10 +95,12 @@ struct StepParams {
   Sequences sequences;
   int hidden, outputs;
   int64_t y_stride;
-  bool vectors;  // all rows of states, of y and of what is saved begin at multiples of the size of 4 (float64: 2)
-                 // elements
-  int n;         // the n-th step of the pass; T after the last of a backward pass
-  Run run;       // all steps of a direction: nothing is carried to other runs
+  bool vectors;       // all rows of states, of y and of what is saved begin at multiples of the size of 4 (float64: 2)
+                      // elements
+  int n;              // the n-th step of the pass; T after the last of a backward pass
+  Run run;            // all steps of a direction: nothing is carried to other runs
+  bool has_extras;    // if not, the kernels of steps look neither at these
+  StepExtras extras;  // nor at what is marked as one below
 };
 
 struct StepForwardParams : StepParams<ForwardRun> {
@@ -93,6 +110,9 @@ struct StepForwardParams : StepParams<ForwardRun> {
   void* h;                // S [B, h_stride]: what the product of the next step reads
   int h_stride;
   void* c;  // [B, H] in the compute type: the cell states
+  // Extras:
+  void* kept_h;       // [B, P] in the compute type: h, neither masked nor reset; null without zoneout of h
+  void* cell_states;  // S [N, H]: c_t, which the caller gets, or null
 };
 
 struct StepBackwardParams : StepParams<BackwardRun> {
@@ -102,6 +122,10 @@ struct StepBackwardParams : StepParams<BackwardRun> {
   void* d_outputs;       // S [N, P]: with a projection, the whole gradient of what a step put out; else null
   const void* d_hidden;  // S [B, H]: with a projection, W_hr^T d_outputs; else null
   void* hidden_states;   // S [N, H]: with a projection, h_t before it, computed anew; else null
+  // Extras:
+  const void* d_cell_states;    // S [N, H], or null: zero
+  void* kept_d_h;               // [B, P] in the compute type: the gradient that zoneout hands on; null without it
+  void *d_reset_h, *d_reset_c;  // [B, P], [B, H] in the compute type, where gradients are added; or null
 };
 
 // Makes the second factor of the gradient of W_hh: what each step read as h.
@@ -110,9 +134,19 @@ struct PreviousOutputsParams {
   bool reverse, vectors;
   int outputs;
   int64_t y_stride;
-  const void* y;    // S [N, y_stride], from the direction's first column on
-  const void* h_0;  // S [B, P]
-  void* previous;   // S [N, P]; zero where the column does not have the step
+  const void* y;                         // S [N, y_stride], from the direction's first column on
+  const void* h_0;                       // S [B, P]
+  const void *reset_h, *recurrent_mask;  // as in StepExtras
+  void* previous;                        // S [N, P]; zero where the column does not have the step
+};
+
+// Makes activations of products with x and h, as the forward pass makes them.
+struct ActivateGatesParams {
+  int64_t rows;  // N
+  int hidden;
+  bool vectors;
+  const void *b_ih, *b_hh;  // S [4H], or null
+  void* gates;              // S [N, 4H]
 };
 
 // One step by the streamed family, which takes the product itself, and no projection. Rows that are factors are zero

@@ -1,5 +1,6 @@
 #include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 
 #include <limits>
@@ -101,6 +102,11 @@ void multiply(Element element, const Tensor& out, const Tensor& a, const Tensor&
   if (element == Element::kFp32) full_precision.emplace();
   Tensor to = out;
   at::addmm_out(to, out, a, b, accumulate ? 1 : 0, 1);  // beta = 0 ignores what `out` held, NaN included
+}
+
+Tensor multiply_batches(const Tensor& a, const Tensor& b) {
+  const at::NoTF32Guard full_precision;
+  return at::bmm(a, b);
 }
 
 }  // namespace fastlstm::cuda

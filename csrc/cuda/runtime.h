@@ -18,6 +18,8 @@ const Device& limits_of(const at::Device& device);
 // Of float32, the factors are rounded to TF32 if the element says so, whatever torch's switch for matrix products says.
 void multiply(Element element, const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
               bool accumulate = false);
+// [G, m, n] = a [G, m, k] b [G, k, n], by torch; of float32, in full precision.
+at::Tensor multiply_batches(const at::Tensor& a, const at::Tensor& b);
 
 // Throws std::runtime_error with the runtime's words unless a call succeeded.
 void check(cudaError_t error, const char* what);

@@ -55,10 +55,49 @@ template <class E, int V>
 __device__ __forceinline__ void store_state(void* to, int64_t at, const typename E::Compute (&from)[V]) {
   store<Full<typename E::Compute>>(to, at, from);
 }
+template <class E, int V>
+__device__ __forceinline__ void add_to_state(void* to, int64_t at, const typename E::Compute (&values)[V]) {
+  typename E::Compute sums[V];
+  load_state<E>(to, at, sums);
+#pragma unroll
+  for (int v = 0; v < V; ++v) sums[v] += values[v];
+  store_state<E>(to, at, sums);
+}
 template <class T, int V>
 __device__ __forceinline__ void clear(T (&values)[V]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) values[v] = T(0);
+}
+// Nothing given counts as zeros, and as factors of one.
+template <class E, int V>
+__device__ __forceinline__ void load_or_clear(const void* given, int64_t at, typename E::Compute (&to)[V]) {
+  if (given == nullptr)
+    clear(to);
+  else
+    load<E>(given, at, to);
+}
+template <class E, int V>
+__device__ __forceinline__ void multiply_by(const void* given, int64_t at, typename E::Compute (&values)[V]) {
+  if (given == nullptr) return;
+  typename E::Compute factors[V];
+  load<E>(given, at, factors);
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] *= factors[v];
+}
+
+// A state behind a cut.
+template <class E, bool kExtras, int V>
+__device__ __forceinline__ void restart(const void* reset, int64_t at, typename E::Compute (&state)[V]) {
+  if constexpr (kExtras)
+    load_or_clear<E>(reset, at, state);
+  else
+    clear(state);
+}
+
+// The part of an element that zoneout keeps.
+template <class T>
+__device__ __forceinline__ T kept_part(const Zoneout& zoneout, int64_t at) {
+  return zoneout.mask != nullptr ? T(zoneout.mask[at]) : T(zoneout.rate);
 }
 
 // The step that is the n-th of a pass.
@@ -101,20 +140,49 @@ class StepCells {
 
 // ------------------------------------------------------------------------------------------------ forward
 
+// What zoneout makes of V adjacent elements of a state. `at`: in rows of all steps.
+template <class T, int V>
+__device__ __forceinline__ void zone_out(const Zoneout& zoneout, int64_t at, const T (&before)[V], T (&now)[V]) {
+  if (!zoneout.active()) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const T kept = kept_part<T>(zoneout, at + v);
+    now[v] = kept * before[v] + (1 - kept) * now[v];
+  }
+}
+
+// The same of h_t, which a column has at step t.
+template <class E, int V>
+__device__ __forceinline__ void zone_out_h(const StepForwardParams& p, const Place& x, int t,
+                                           typename E::Compute (&h)[V]) {
+  if (p.kept_h == nullptr) return;
+  const int64_t at = x.in_rows_of(p.outputs);
+  typename E::Compute before[V];
+  if (Order{p.run.reverse}.restarts(p.sequences, t, x.b, length_of(p.sequences, x.b)))
+    load_or_clear<E>(p.extras.reset_h, at, before);
+  else
+    load_state<E>(p.kept_h, at, before);
+  zone_out(p.extras.zoneout_h, row_of(p.sequences, t, x.b) * p.outputs + x.i, before, h);
+  store_state<E>(p.kept_h, at, h);
+}
+
 // Puts out h_t, which a column has: into y, into what the next product reads, and into h_n after a sequence's last
 // step.
-template <class E, int V>
+template <class E, bool kExtras, int V>
 __device__ __forceinline__ void put_out(const StepForwardParams& p, const Place& x, typename E::Compute (&h)[V]) {
   const Order order = {p.run.reverse};
   const int t = time_of(p, p.n), length = length_of(p.sequences, x.b);
+  if constexpr (kExtras) zone_out_h<E>(p, x, t, h);
   store<E>(p.run.y, row_of(p.sequences, t, x.b) * p.y_stride + x.i, h);
   const bool last = order.last(t, length);
   if (last) store<E>(p.run.h_n, x.in_rows_of(p.outputs), h);
-  if (!last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length)) clear(h);
+  if (!last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length))
+    restart<E, kExtras>(p.extras.reset_h, x.in_rows_of(p.outputs), h);
+  if constexpr (kExtras) multiply_by<E>(p.extras.recurrent_mask, x.in_rows_of(p.outputs), h);
   store<E>(p.h, x.in_rows_of(p.h_stride), h);
 }
 
-template <class E, int V>
+template <class E, int V, bool kExtras = false>
 class ForwardCells : public StepCells<StepForwardParams> {
   using Compute = typename E::Compute;
 
@@ -149,24 +217,30 @@ class ForwardCells : public StepCells<StepForwardParams> {
           a[gate][v] += E::load(biases_[0][gate].values[v]) + E::load(biases_[1][gate].values[v]);
       }
     }
-    if (restarts_) clear(c_);
+    const int64_t at = x_.in_rows_of(p_.hidden), at_row = row_ * p_.hidden + x_.i;
+    if (restarts_) restart<E, kExtras>(p_.extras.reset_c, at, c_);
+    Compute c_before[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
+      c_before[v] = c_[v];
       cell_state<typename E::Math>(a[0][v], a[1][v], a[2][v], a[3][v], c_[v]);
       h[v] = cell_output<typename E::Math>(a[3][v], c_[v]);
     }
-    const int64_t at = x_.in_rows_of(p_.hidden);
+    if constexpr (kExtras) {
+      zone_out(p_.extras.zoneout_c, at_row, c_before, c_);
+      if (p_.cell_states != nullptr) store<E>(p_.cell_states, at_row, c_);
+    }
     store_state<E>(p_.c, at, c_);
     if (Order{p_.run.reverse}.last(t_, length_)) store<E>(p_.run.c_n, at, c_);
+    if (p_.run.cells != nullptr) store_state<E>(p_.run.cells, at_row, c_);
     if (p_.run.gates != nullptr) {
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.gates, of_gate(gate), a[gate]);
-      store_state<E>(p_.run.cells, row_ * p_.hidden + x_.i, c_);
     }
     if (p_.hidden_state != nullptr)
       store<E>(p_.hidden_state, at, h);
     else
-      put_out<E>(p_, x_, h);
+      put_out<E, kExtras>(p_, x_, h);
   }
 
  private:
@@ -179,7 +253,7 @@ class ForwardCells : public StepCells<StepForwardParams> {
 
 // d_h: the gradient of what step n gave to the steps that the forward pass computed after it. From step 1 on, it is the
 // product with the gradients of the step before, unless the column did not have that step.
-template <class E, int V>
+template <class E, bool kExtras, int V>
 __device__ __forceinline__ void carry(const StepBackwardParams& p, const Place& x,
                                       const typename E::Compute (&product)[V], typename E::Compute (&d_h)[V]) {
   const int64_t at = x.in_rows_of(p.outputs);
@@ -190,7 +264,18 @@ __device__ __forceinline__ void carry(const StepBackwardParams& p, const Place& 
   }
   const bool restarts = Order{p.run.reverse}.restarts(p.sequences, before, x.b, length);
 #pragma unroll
-  for (int v = 0; v < V; ++v) d_h[v] = restarts ? typename E::Compute(0) : product[v];
+  for (int v = 0; v < V; ++v) d_h[v] = product[v];
+  if constexpr (kExtras) {
+    multiply_by<E>(p.extras.recurrent_mask, at, d_h);
+    if (p.kept_d_h != nullptr) {
+      typename E::Compute kept[V];
+      load_state<E>(p.kept_d_h, at, kept);
+#pragma unroll
+      for (int v = 0; v < V; ++v) d_h[v] += kept[v];
+    }
+    if (restarts && p.d_reset_h != nullptr) add_to_state<E>(p.d_reset_h, at, d_h);
+  }
+  if (restarts) clear(d_h);
   store_state<E>(p.d_h, at, d_h);
 }
 
@@ -202,6 +287,21 @@ __device__ __forceinline__ void add_d_y(const StepBackwardParams& p, const Place
   load<E>(p.run.d_y, row_of(p.sequences, time_of(p, p.n), x.b) * p.y_stride + x.i, d_y);
 #pragma unroll
   for (int v = 0; v < V; ++v) d_h[v] += d_y[v];
+}
+
+// Of the whole gradient of h_t, which a column has, leaves that of what the cell has made: the rest goes past it.
+template <class E, int V>
+__device__ __forceinline__ void put_kept_aside(const StepBackwardParams& p, const Place& x,
+                                               typename E::Compute (&d_h)[V]) {
+  if (p.kept_d_h == nullptr) return;
+  const int64_t at = row_of(p.sequences, time_of(p, p.n), x.b) * p.outputs + x.i;
+  typename E::Compute kept[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    kept[v] = kept_part<typename E::Compute>(p.extras.zoneout_h, at + v) * d_h[v];
+    d_h[v] -= kept[v];
+  }
+  store_state<E>(p.kept_d_h, x.in_rows_of(p.outputs), kept);
 }
 
 // After the last step.
@@ -217,7 +317,7 @@ __device__ __forceinline__ void put_initial_d_c(const StepBackwardParams& p, con
   store<E>(p.run.d_c_0, x.in_rows_of(p.hidden), d_c);
 }
 
-template <class E, int V>
+template <class E, int V, bool kExtras = false>
 class BackwardCells : public StepCells<StepBackwardParams> {
   using Compute = typename E::Compute;
 
@@ -234,7 +334,7 @@ class BackwardCells : public StepCells<StepBackwardParams> {
     load_state<E>(p_.d_c, at, d_c_);
     restarts_ = restarts();
     if (restarts_)
-      clear(c_before_);
+      restart<E, kExtras>(p_.extras.reset_c, at, c_before_);
     else if (Order{p_.run.reverse}.first(t_, length_))
       load<E>(p_.run.c_0, at, c_before_);
     else
@@ -246,6 +346,9 @@ class BackwardCells : public StepCells<StepBackwardParams> {
   __device__ __forceinline__ void finish(const Compute (&d_h)[V], Gradients& g) {
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) unpack<E>(gates_[gate], g[gate]);
+    const int64_t at = x_.in_rows_of(p_.hidden);
+    Compute kept_d_c[V];
+    if constexpr (kExtras) put_kept_aside_of_c(g, kept_d_c);
     if (p_.hidden_states != nullptr) {
       Compute h[V];
 #pragma unroll
@@ -255,13 +358,35 @@ class BackwardCells : public StepCells<StepBackwardParams> {
 #pragma unroll
     for (int v = 0; v < V; ++v)
       cell_backward<typename E::Math>(g[0][v], g[1][v], g[2][v], g[3][v], c_[v], c_before_[v], d_h[v], d_c_[v]);
+    if constexpr (kExtras) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) d_c_[v] += kept_d_c[v];
+      if (restarts_ && p_.d_reset_c != nullptr) add_to_state<E>(p_.d_reset_c, at, d_c_);
+    }
     if (restarts_) clear(d_c_);
-    store_state<E>(p_.d_c, x_.in_rows_of(p_.hidden), d_c_);
+    store_state<E>(p_.d_c, at, d_c_);
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.d_gates, of_gate(gate), g[gate]);
   }
 
  private:
+  // The same as put_kept_aside for d_c, and c_t as the cell has made it. g: activations.
+  __device__ __forceinline__ void put_kept_aside_of_c(const Gradients& g, Compute (&kept)[V]) {
+    const int64_t at = row_ * p_.hidden + x_.i;
+    const Zoneout& zoneout = p_.extras.zoneout_c;
+    Compute d_cells[V];
+    load_or_clear<E>(p_.d_cell_states, at, d_cells);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      d_c_[v] += d_cells[v];
+      kept[v] = 0;
+      if (!zoneout.active()) continue;
+      kept[v] = kept_part<Compute>(zoneout, at + v) * d_c_[v];
+      d_c_[v] -= kept[v];
+      c_[v] = g[1][v] * c_before_[v] + g[0][v] * g[2][v];  // what was saved is what zoneout has made of it
+    }
+  }
+
   bool restarts_ = false;
   Packed<typename E::Storage, V> gates_[kGates];
   Compute c_[V], c_before_[V], d_c_[V];

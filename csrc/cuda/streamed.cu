@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kTeamWarps* kWarpThreads,
       if (!at.has_cell(i, e)) continue;
       const float product[1] = {products[e]};
       float d_h[1];
-      carry<E>(p, x, product, d_h);
+      carry<E, false>(p, x, product, d_h);
       if (!is_step) {
         put_initial_d_h<E>(p, x, d_h);
         put_initial_d_c<E, 1>(p, x);

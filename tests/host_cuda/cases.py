@@ -60,11 +60,19 @@ class Case:
     lengths: tuple[int, ...] | None = None
     resets: float = 0  # share of the steps that the reset mask marks; 0: there is no mask
     dropout: bool = False
+    reset_states: bool = False  # what resets set
+    recurrent_dropout: bool = False
+    zoneout: tuple[float, float] = (0, 0)  # parts of h and of c that keep their value
+    zoneout_masks: bool = True  # of elements, kept or not; otherwise every element is kept in part
+    cell_layers: int = 0  # that return their cell states
+    recompute: bool = False
+    groups: int = 1  # of rows of the batch, each with gradients of the weights of its own
     h_0_scale: float = 1
     weight_scale: float = 1  # of the recurrent weights
     nan_at: tuple[str, int] | None = None  # x, h_0, c_0, w_hh of the first direction, or d_y, and which number is NaN
-    gradients: tuple[bool, bool, bool] = (True, True, True)  # given: those of y, h_n and c_n
-    needs: tuple[bool, ...] = (True,)  # gradients of x, the states, each weight in turn: repeated as often as needed
+    gradients: tuple[bool, ...] = (True, True, True, True)  # given: those of y, h_n, c_n and the cell states
+    # Gradients of x, the states, each weight in turn, the reset states: repeated as often as needed.
+    needs: tuple[bool, ...] = (True,)
     forward_shape: Shape = ()
     backward_shape: Shape = ()
     device: tuple[int, int] = DEVICES[0]
@@ -98,6 +106,19 @@ class Inputs:
     gradients: list[Tensor | None]
     needs: list[int]
     options: dict[str, Any]  # of the operator
+
+    def of_columns(self, columns: slice) -> Inputs:
+        """Those of some rows of the batch."""
+
+        def part(t: Tensor | None, dim: int) -> Tensor | None:
+            return None if t is None else t[(slice(None),) * dim + (columns,)]
+
+        dims = {"lengths": 0, "reset_mask": 1, "reset_h": 1, "reset_c": 1, "recurrent_mask": 1}
+        dims |= {"dropout_mask": 2, "zoneout_h": 2, "zoneout_c": 2}
+        options = {n: part(option, dims[n]) if n in dims else option for n, option in self.options.items()}
+        gradients = [part(g, dim) for g, dim in zip(self.gradients, (1, 1, 1, 2), strict=False)]
+        states = [t[:, columns] for t in (self.x, self.h_0, self.c_0)]
+        return Inputs(*states, self.weights, gradients, self.needs, options)
 
 
 def guarded(t: Tensor, offset: int = 0) -> Tensor:
@@ -139,7 +160,8 @@ def make_inputs(case: Case) -> Inputs:
         "w_hh": weights[1],
     }
     shapes = [(*rows, case.D * out), (states, case.B, out), (states, case.B, case.H)]
-    gradients = [place(normal(*shape)) if given else None for shape, given in zip(shapes, case.gradients, strict=True)]
+    shapes += [(case.cell_layers * case.D, *rows, case.H)] if case.cell_layers else []
+    gradients = [place(normal(*shape)) if given else None for shape, given in zip(shapes, case.gradients, strict=False)]
     inputs["d_y"] = gradients[0]
     if case.nan_at is not None:
         inputs[case.nan_at[0]].view(-1)[case.nan_at[1]] = float("nan")
@@ -154,24 +176,58 @@ def make_inputs(case: Case) -> Inputs:
     if case.dropout:
         kept = torch.rand((case.L - 1, *rows, case.D * out), generator=generator) < 0.7
         options["dropout_mask"] = place(kept / 0.7)
-    needs = [int(case.needs[i % len(case.needs)]) for i in range(2 + len(weights))]
+    if case.reset_states:
+        options["reset_h"], options["reset_c"] = (place(normal(states, case.B, size)) for size in (out, case.H))
+    if case.recurrent_dropout:
+        options["recurrent_mask"] = place((torch.rand((states, case.B, out), generator=generator) < 0.7) / 0.7)
+    for name, part, size in zip("hc", case.zoneout, (out, case.H), strict=True):
+        if part and case.zoneout_masks:
+            options[f"zoneout_{name}"] = guarded(torch.rand((states, *rows, size), generator=generator) < part)
+        elif part:
+            options[f"zoneout_rate_{name}"] = part
+    options |= {"cell_layers": case.cell_layers, "recompute": case.recompute}
+    needs = [int(case.needs[i % len(case.needs)]) for i in range(2 + len(weights) + case.reset_states)]
     return Inputs(inputs["x"], inputs["h_0"], inputs["c_0"], weights, gradients, needs, options)
 
 
 def names_of(case: Case) -> list[str]:
     """Of the results, in the order of both functions below."""
     count = case.L * case.D * case.weights_per_direction
-    return ["y", "h_n", "c_n", "d_x", "d_h_0", "d_c_0", *(f"d_weights[{i}]" for i in range(count))]
+    outputs = ["y", "h_n", "c_n", *["cell_states"] * (case.cell_layers > 0)]
+    resets = ["d_reset_h", "d_reset_c"] * case.reset_states
+    return [*outputs, "d_x", "d_h_0", "d_c_0", *(f"d_weights[{i}]" for i in range(count)), *resets]
 
 
 def expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """All results of the fp64 reference."""
-    wanted = [inputs.needs[0], inputs.needs[1], *inputs.needs[1:]]
-    leaves = [t.double().requires_grad_() for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights)]
-    options = {name: value for name, value in inputs.options.items() if name != "reduced_products"}
-    if "dropout_mask" in options:
-        options["dropout_mask"] = options["dropout_mask"].double()
-    outputs = reference.lstm(leaves[0], leaves[3:], leaves[1], leaves[2], **options)
+    results = _expected(case, inputs)
+    if case.groups > 1:
+        size = case.B // case.groups
+        parts = [_expected(case, inputs.of_columns(slice(b, b + size))) for b in range(0, case.B, size)]
+        for name, whole in results.items():
+            if name.startswith("d_weights") and whole.numel() > 0:
+                results[name] = torch.stack([part[name] for part in parts])
+    return results
+
+
+def _expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    wanted = [inputs.needs[0], inputs.needs[1], *inputs.needs[1:], *inputs.needs[-1:] * case.reset_states]
+    options = inputs.options
+    resets = [options["reset_h"], options["reset_c"]] if case.reset_states else []
+    leaves = [t.double().requires_grad_() for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights, *resets)]
+    taken = ("num_layers", "bidirectional", "has_bias", "batch_sizes", "lengths", "reset_mask", "cell_layers")
+    masks = ("dropout_mask", "recurrent_mask")
+    outputs = reference.lstm(
+        leaves[0],
+        leaves[3 : 3 + len(inputs.weights)],
+        leaves[1],
+        leaves[2],
+        reset_states=(leaves[-2], leaves[-1]) if case.reset_states else None,
+        zoneout_h=options.get("zoneout_h", options.get("zoneout_rate_h", 0.0)),
+        zoneout_c=options.get("zoneout_c", options.get("zoneout_rate_c", 0.0)),
+        **{name: options[name] for name in taken if name in options},
+        **{name: options[name].double() for name in masks if name in options},
+    )
     results = [t.detach() for t in outputs]
     given = [(o, g.double()) for o, g in zip(outputs, inputs.gradients, strict=True) if g is not None]
     if given:
@@ -190,17 +246,19 @@ def computed(case: Case, inputs: Inputs, backward: bool = True, forward_family: 
     emulated.poison(case.poison)
     emulated.seed(case.seed)
     with emulated.force(forward_family or case.family, *case.forward_shape):
-        *outputs, saved, _ = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+        *outputs, saved, cells = emulated.lstm(inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options)
+    outputs += cells
     if not backward:
         return dict(zip(names_of(case), outputs, strict=False))
     with emulated.force(case.family, *case.backward_shape):
-        *gradients, weights, _ = emulated.lstm_backward(
+        *gradients, weights, resets = emulated.lstm_backward(
             inputs.gradients,
             *(inputs.x, inputs.weights, inputs.h_0, inputs.c_0),
             *(outputs[0], saved, inputs.needs),
             **inputs.options,
+            groups=case.groups,
         )
-    results = dict(zip(names_of(case), [*outputs, *gradients, *weights], strict=True))
+    results = dict(zip(names_of(case), [*outputs, *gradients, *weights, *resets], strict=True))
     places = [t.untyped_storage().data_ptr() for t in results.values() if t.numel() > 0]
     assert len(set(places)) == len(places), f"{case}: results share memory, so who changes one changes another"
     return results
@@ -290,7 +348,7 @@ def random_case(family: str, seed: int) -> Case:
         dropout=L > 1 and draw.random() < 0.5,
         h_0_scale=draw.choice([1, 1, 5]),
         gradients=draw.choice(
-            [(True, True, True)] * 3 + [(True, False, False), (False, True, True), (True, True, False)]
+            [(True,) * 4] * 3 + [(True, False, False, True), (False, True, True, True), (True, True, False, False)]
         ),
         needs=draw.choice([(True,)] * 4 + [tuple(draw.random() < 0.6 for _ in range(5)) for _ in range(2)]),
         device=draw.choice(DEVICES),
@@ -299,6 +357,18 @@ def random_case(family: str, seed: int) -> Case:
         data_seed=seed,
         seed=draw.randrange(2**32),
     )
+    if draw.random() < 0.3:
+        groups = [g for g in range(1, B + 1) if B % g == 0 and batch_sizes is None]
+        case = replace(case, recompute=draw.random() < 0.7, groups=draw.choice(groups or [1]))
+    if family == "stepwise" and draw.random() < 0.5:
+        case = replace(
+            case,
+            reset_states=case.resets > 0 and draw.random() < 0.6,
+            recurrent_dropout=draw.random() < 0.5,
+            zoneout=draw.choice([(0, 0), (0.3, 0.2), (0.3, 0), (0, 0.2)]),
+            zoneout_masks=draw.random() < 0.5,
+            cell_layers=draw.randint(0, L),
+        )
     while not all(runs(case, (), backward) for backward in (False, True)):
         case = replace(case, H=case.H // 2)
     return replace(

@@ -47,7 +47,7 @@ class Kernel:
     @functools.cached_property
     def _parts(self) -> tuple[str, ...]:
         # The names of files that come before, as parts of anonymous namespaces, begin with a digit or an underscore.
-        template = r"\d+([a-z][a-z_]*)I(?:NS\d?_\d+(Bf16|Fp16|Tf32|Fp32|Full)(?:I([fd])E)?E)((?:Li\d+E)*)E"
+        template = r"\d+([a-z][a-z_]*)I(?:NS\d?_\d+(Bf16|Fp16|Tf32|Fp32|Full)(?:I([fd])E)?E)((?:L[ib]\d+E)*)E"
         found = re.search(template, self.symbol) or re.search(r"\d+([a-z][a-z_]*)()()()()Ev$", self.symbol)
         assert found, f"a kernel of unknown form: {self.symbol}"
         return tuple(part or "" for part in found.groups())
@@ -69,8 +69,9 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """``persistent_forward<Bf16, 2, 4>``."""
-        arguments = [part for part in (self.element, *map(str, self.sizes)) if part]
+        """``persistent_forward<Bf16, 2, 4>``, ``cells_forward<Bf16, 1, extras>``."""
+        extras = "extras" if "Lb1E" in self._parts[3] else ""
+        arguments = [part for part in (self.element, *map(str, self.sizes), extras) if part]
         return self.function + (f"<{', '.join(arguments)}>" if arguments else "")
 
     def __str__(self) -> str:

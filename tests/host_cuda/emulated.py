@@ -178,8 +178,10 @@ def lstm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """fastlstm::lstm_backward as a GPU would compute it: ``(d_x, d_h_0, d_c_0, d_weights, d_resets)``.
 
-    ``gradients``: those of y, h_n and c_n. ``options``: as of :func:`lstm`.
+    ``gradients``: those of y, h_n and c_n, and of cell states that were returned. ``options``: as of :func:`lstm`, and
+    ``groups``.
     """
-    return torch.ops.fastlstm_emulated.lstm_backward(
-        *gradients, x, list(weights), h_0, c_0, y, list(saved), *_all_options(options).of_backward(needs)
-    )
+    *of_outputs, d_cell_states = gradients if len(gradients) > 3 else (*gradients, None)
+    groups = options.pop("groups", 1)
+    others = _all_options(options).of_backward(needs, d_cell_states, groups)
+    return torch.ops.fastlstm_emulated.lstm_backward(*of_outputs, x, list(weights), h_0, c_0, y, list(saved), *others)

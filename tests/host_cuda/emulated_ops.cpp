@@ -186,7 +186,7 @@ TORCH_LIBRARY(fastlstm_emulated, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastlstm_emulated, CPU, m) {
-  using namespace fastlstm::cuda;
-  m.impl("lstm", InMemory<Forward>::call<forward_kernel<lstm>>);
-  m.impl("lstm_backward", InMemory<Backward>::call<backward_kernel<lstm_backward>>);
+  using namespace fastlstm;
+  m.impl("lstm", cuda::InMemory<Forward>::call<forward_kernel<cuda::lstm>>);
+  m.impl("lstm_backward", cuda::InMemory<Backward>::call<backward_kernel<cuda::lstm_backward>>);
 }
