@@ -76,6 +76,7 @@ def cuda_plan_for(
     directions: int,
     element: str,
     training: bool,
+    step_extras: bool,
     sms: int,
     shared_bytes: int,
     l2_bytes: int,

@@ -20,12 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from host_cuda import cases
 from test_ops import CASES, Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastlstm
 from fastlstm import FastLSTM, FastLSTMCell, _ops, reference, swap_lstm
+from fastlstm._operators import Extras
 from fastlstm.bench.workload import tf32_products
 from fastlstm.verify import compare
 
@@ -421,6 +423,58 @@ def test_a_family_refuses_what_it_cannot_run(family: str, precision: str, case: 
         problem.outputs()
     with switched(precision):
         assert problem.outputs()[0].isfinite().all()
+
+
+def _check_by_bounds(case: cases.Case) -> None:
+    """By the bounds of the emulated kernels: for what nn.LSTM does not have, it is no yardstick."""
+    inputs = cases.make_inputs(case)
+    options = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) and name != "batch_sizes" else value
+        for name, value in inputs.options.items()
+        if name != "reduced_products"
+    }
+    resets = [options[name].requires_grad_() for name in ("reset_h", "reset_c") if name in options]
+    extras = Extras(**{name: options.pop(name) for name in Extras._fields if name in options})
+    options = dict.fromkeys(("batch_sizes", "lengths", "reset_mask", "dropout_mask")) | options
+    leaves = [t.to(DEVICE).requires_grad_() for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights)]
+    d_outputs = [d_output.to(DEVICE) for d_output in inputs.gradients if d_output is not None]
+    with switched(case.element), forced(case.family):
+        outputs = _ops.lstm(leaves[0], leaves[3:], leaves[1], leaves[2], **options, extras=extras)
+        d_inputs = torch.autograd.grad(outputs, [*leaves, *resets], d_outputs)
+    results = [t.detach().cpu() for t in (*outputs, *d_inputs)]
+    cases.compare(case, dict(zip(cases.names_of(case), results, strict=True)), cases.expected(case, inputs))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("extra", cases.EXTRAS)
+def test_steps_with_extras(extra: str, precision: str) -> None:
+    for layout, (L, D, P) in itertools.product(cases.LAYOUTS, [(2, 2, 0), (2, 1, 12)]):
+        options = cases.EXTRAS[extra] | layout
+        for H in (33, 64):  # the second in vectors, where there are no extras
+            _check_by_bounds(cases.Case("stepwise", precision, T=4, B=9, I=5, H=H, L=L, D=D, P=P, **options))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_computed_again(family: str, precision: str) -> None:
+    for layout, (L, D), H in itertools.product(cases.LAYOUTS, [(3, 1), (2, 2)], (33, 64)):
+        case = cases.Case(family, precision, T=4, B=9, I=5, H=H, L=L, D=D, resets=0.2, dropout=True, **layout)
+        _check_by_bounds(replace(case, recompute=True))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_per_sample(size: int) -> None:
+    module = FastLSTM(5, 24, num_layers=2, bidirectional=True, device=DEVICE, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+    samples = torch.randn(6, 7, size, 5, device=DEVICE, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,))[0].square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, samples)
+    one_by_one = [torch.autograd.grad(loss(parameters, x), list(parameters.values())) for x in samples]
+    for of_all, of_each in zip(together.values(), zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(of_all, torch.stack(of_each))
 
 
 @pytest.mark.parametrize(("precision", "H"), [("bf16", 256), ("tf32", 256), ("fp32", 256), ("bf16", 64)])

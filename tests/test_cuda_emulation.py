@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from host_cuda import emulated
-from host_cuda.cases import DEVICES, Case, check, computed, make_inputs, random_case
+from host_cuda.cases import DEVICES, EXTRAS, LAYOUTS, Case, check, computed, make_inputs, random_case
 from torch import Tensor
 
 FUSED = ["resident", "persistent"]  # they keep weights in CTAs
@@ -56,32 +56,19 @@ def test_random_problems(family: str, first: int) -> None:
         check(random_case(family, seed))
 
 
-# What a step has beyond the cell, and how a backward pass may be asked for.
-EXTRAS: dict[str, dict[str, Any]] = {
-    "reset states": {"resets": 0.3, "reset_states": True},
-    "recurrent dropout": {"recurrent_dropout": True},
-    "zoneout masks": {"zoneout": (0.3, 0.2)},
-    "zoneout rates": {"zoneout": (0.3, 0.2), "zoneout_masks": False},
-    "zoneout of h": {"zoneout": (0.3, 0)},
-    "zoneout of c": {"zoneout": (0, 0.2)},
-    "cell states": {"cell_layers": 1},
-}
-EVERYTHING = {name: value for extra in EXTRAS.values() for name, value in extra.items()} | {"zoneout": (0.3, 0.2)}
+# How a backward pass may be asked for.
 BACKWARD: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True},
     "groups": {"groups": 3},
     "a group for each row": {"groups": 9},
     "recompute in groups": {"recompute": True, "groups": 3},
 }
-LAYOUTS: list[dict[str, Any]] = [{}, {"batch_sizes": (9, 7, 7, 2)}, {"lengths": (4, 0, 2, 4, 5, 1, 3, -1, 4)}]
 
 
 @pytest.mark.parametrize("element", [*MULTIPLIED, "fp64"])
-@pytest.mark.parametrize("extra", [*EXTRAS, "everything", "everything of all layers, recomputed"])
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_extras_of_steps(extra: str, element: str) -> None:
-    options = EXTRAS.get(extra, EVERYTHING)
-    if "recomputed" in extra:
-        options = options | {"cell_layers": 2, "recompute": True}
+    options = EXTRAS[extra]
     for layout, (L, D, P) in itertools.product(LAYOUTS, [(2, 2, 0), (2, 1, 4)]):
         case = Case("stepwise", element, T=4, B=9, I=2, H=12 if P else 9, L=L, D=D, P=P, **options | layout)
         check(replace(case, dropout="everything" in extra))

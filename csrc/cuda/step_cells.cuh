@@ -219,17 +219,19 @@ class ForwardCells : public StepCells<StepForwardParams> {
     }
     const int64_t at = x_.in_rows_of(p_.hidden), at_row = row_ * p_.hidden + x_.i;
     if (restarts_) restart<E, kExtras>(p_.extras.reset_c, at, c_);
-    Compute c_before[V];
+    Compute c_before[V], c_made[V];  // by the cell: h_t comes from it, whatever zoneout makes of it
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       c_before[v] = c_[v];
       cell_state<typename E::Math>(a[0][v], a[1][v], a[2][v], a[3][v], c_[v]);
-      h[v] = cell_output<typename E::Math>(a[3][v], c_[v]);
+      c_made[v] = c_[v];
     }
     if constexpr (kExtras) {
       zone_out(p_.extras.zoneout_c, at_row, c_before, c_);
       if (p_.cell_states != nullptr) store<E>(p_.cell_states, at_row, c_);
     }
+#pragma unroll
+    for (int v = 0; v < V; ++v) h[v] = cell_output<typename E::Math>(a[3][v], c_made[v]);
     store_state<E>(p_.c, at, c_);
     if (Order{p_.run.reverse}.last(t_, length_)) store<E>(p_.run.c_n, at, c_);
     if (p_.run.cells != nullptr) store_state<E>(p_.run.cells, at_row, c_);

@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kThreads) states_forward(const StepForwardPara
   store<E>(p.h, x.in_rows_of(p.h_stride), state);
 }
 
+// Steps with extras need the registers of 2 blocks per SM, at float64 with more blocks they would spill; without, the
+// compiler decides.
 template <class E, int V, bool kExtras>
-__global__ void __launch_bounds__(kThreads) cells_forward(const StepForwardParams p) {
+__global__ void __launch_bounds__(kThreads, kExtras ? 2 : 0) cells_forward(const StepForwardParams p) {
   const Place x = own_place<V>(p.hidden);
   if (x.i >= p.hidden) return;
   ForwardCells<E, V, kExtras> cells(p, x);

@@ -39,6 +39,23 @@ BOUNDS = {
     "fp64": (3e-15, 4e-15),
 }
 
+# What a step may have beyond the cell, and how the rows of 4 steps of 9 sequences may lie.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "reset states": {"resets": 0.3, "reset_states": True},
+    "recurrent dropout": {"recurrent_dropout": True},
+    "zoneout masks": {"zoneout": (0.3, 0.2)},
+    "zoneout rates": {"zoneout": (0.3, 0.2), "zoneout_masks": False},
+    "zoneout of h": {"zoneout": (0.3, 0)},
+    "zoneout of c": {"zoneout": (0, 0.2)},
+    "cell states": {"cell_layers": 1},
+}
+_ALL_EXTRAS = {name: value for extra in EXTRAS.values() for name, value in extra.items()} | {"zoneout": (0.3, 0.2)}
+EXTRAS |= {
+    "everything": _ALL_EXTRAS | {"zoneout_masks": True},
+    "everything of all layers, recomputed": _ALL_EXTRAS | {"cell_layers": 2, "recompute": True},
+}
+LAYOUTS: list[dict[str, Any]] = [{}, {"batch_sizes": (9, 7, 7, 2)}, {"lengths": (4, 0, 2, 4, 5, 1, 3, -1, 4)}]
+
 Shape = tuple[int, ...]  # octets, tiles, groups, layers, steps of a run; zeros are the planner's choice
 
 

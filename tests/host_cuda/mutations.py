@@ -74,6 +74,10 @@ def cut(case: Case) -> Case:
     return replace(case, resets=0.3)
 
 
+def again(case: Case) -> Case:
+    return replace(case, recompute=True)
+
+
 def element(case: Case, name: str) -> Case:
     return replace(case, element=name, H=min(case.H, 30 if case.family == "resident" else 43))
 
@@ -102,10 +106,19 @@ LAYERS = tuple(
     for case in RUNS
 )
 PROJECTED = replace(STEPWISE, P=5)
+# Steps with more than the cell.
+RESET_STATES = replace(cut(STEPWISE), reset_states=True)
+MASKED = replace(STEPWISE, recurrent_dropout=True)
+ZONED = replace(STEPWISE, zoneout=(0.3, 0.2))
+RATES = replace(ZONED, zoneout_masks=False)
+CELLS = replace(STEPWISE, L=2, cell_layers=2)
+GROUPED = replace(STEPWISE, B=12, groups=3)
 
 _FUSED = (PERSISTENT, RESIDENT)
 _STEPS = (STEPWISE, STREAMED)
 _ALL = (PERSISTENT, RESIDENT, STEPWISE, STREAMED)
+_MASKED = (MASKED, replace(MASKED, P=5))
+_ZONED = (ZONED, RATES, replace(ZONED, P=5))
 
 
 def _each(change: Callable[[Case], Case], cases: Iterable[Case]) -> tuple[Case, ...]:
@@ -1064,8 +1077,8 @@ MUTATIONS = [
     Mutation(
         "step by step: a reset keeps h",
         "cuda/step_cells.cuh",
-        "«if (!last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length)) clear(h);»",
-        "",
+        "if («!last && order.restarts(p.sequences, time_of(p, p.n + 1), x.b, length)»)",
+        "false",
         "states are zero behind a cut",
         _each(cut, _STEPS),
     ),
@@ -1108,6 +1121,312 @@ MUTATIONS = [
         "true",
         "rows begin at addresses that such loads do not take",
         (STEPWISE, PROJECTED),
+    ),
+    # Steps with more than the cell.
+    Mutation(
+        "states behind a cut are zero",
+        "cuda/step_cells.cuh",
+        "load_or_clear<E>(«reset», at, state);",
+        "nullptr",
+        "they are the given ones",
+        (RESET_STATES,),
+    ),
+    Mutation(
+        "the state behind a cut before the first step is zero",
+        "cuda/stepwise.cu",
+        "load_or_clear<E>(«p.extras.reset_h», at, state);",
+        "nullptr",
+        "it is the given one",
+        (replace(RESET_STATES, resets=0.9),),
+    ),
+    Mutation(
+        "what a step read as h behind a cut is zero",
+        "cuda/stepwise.cu",
+        "load_or_clear<E>(«p.reset_h», at, h);",
+        "nullptr",
+        "it is the given state",
+        (RESET_STATES,),
+    ),
+    Mutation(
+        "the forget gate's gradient sees zero behind a cut",
+        "cuda/step_cells.cuh",
+        "restart<E, kExtras>(«p_.extras.reset_c», at, c_before_);",
+        "nullptr",
+        "c was the given state",
+        (RESET_STATES,),
+    ),
+    Mutation(
+        "every step has a part in the gradient of reset states, h",
+        "cuda/step_cells.cuh",
+        "if («restarts» && p.d_reset_h != nullptr)",
+        "true",
+        "those that do not restart have none",
+        (RESET_STATES,),
+    ),
+    Mutation(
+        "every step has a part in the gradient of reset states, c",
+        "cuda/step_cells.cuh",
+        "if («restarts_» && p_.d_reset_c != nullptr)",
+        "true",
+        "those that do not restart have none",
+        (RESET_STATES,),
+    ),
+    Mutation(
+        "the first step has no part in the gradient of reset states",
+        "cuda/cuda_ops.cpp",
+        "if («layer.d_h_0.defined() || layer.d_reset_h.defined()»)",
+        "layer.d_h_0.defined()",
+        "it may restart",
+        (replace(RESET_STATES, D=1, resets=0.9, needs=(True, False, True)),),
+    ),
+    Mutation(
+        "gradients of reset states are added to anything",
+        "cuda/cuda_ops.cpp",
+        "«s.empty_compute({p.layers * p.directions, p.B, features}).zero_()»",
+        "s.empty_compute({p.layers * p.directions, p.B, features})",
+        "they are sums",
+        (RESET_STATES,),
+    ),
+    Mutation(
+        "h_0 is not masked",
+        "cuda/stepwise.cu",
+        "«multiply_by<E>(p.extras.recurrent_mask, at, state);»",
+        "",
+        "the first product reads it with factors",
+        (MASKED,),
+    ),
+    Mutation(
+        "h is not masked",
+        "cuda/step_cells.cuh",
+        "«multiply_by<E>(p.extras.recurrent_mask, x.in_rows_of(p.outputs), h);»",
+        "",
+        "the product reads it with factors",
+        _MASKED,
+    ),
+    Mutation(
+        "the gradient of h is not masked",
+        "cuda/step_cells.cuh",
+        "«multiply_by<E>(p.extras.recurrent_mask, at, d_h);»",
+        "",
+        "the product read h with factors",
+        _MASKED,
+    ),
+    Mutation(
+        "what a step read as h is not masked",
+        "cuda/stepwise.cu",
+        "«multiply_by<E>(p.recurrent_mask, at, h);»",
+        "",
+        "the product read it with factors",
+        (MASKED,),
+    ),
+    Mutation(
+        "the gradient of W_hh takes rows of y that were masked",
+        "cuda/cuda_ops.cpp",
+        "«!s.recurrent_mask.defined()»",
+        "true",
+        "the product read them with factors",
+        (MASKED,),
+    ),
+    Mutation(
+        "zoneout keeps h_0 only if there is any",
+        "cuda/stepwise.cu",
+        "«store_state<E>(p.kept_h, at, state);»",
+        "",
+        "nobody else puts it there",
+        (ZONED,),
+    ),
+    Mutation(
+        "zoneout keeps h_0 for ever",
+        "cuda/step_cells.cuh",
+        "«store_state<E>(p.kept_h, at, h);»",
+        "",
+        "it keeps the state of the step before",
+        (ZONED,),
+    ),
+    Mutation(
+        "zoneout keeps h from before a cut",
+        "cuda/step_cells.cuh",
+        "if («Order{p.run.reverse}.restarts(p.sequences, t, x.b, length_of(p.sequences, x.b))»)",
+        "false",
+        "it keeps the state behind the cut",
+        (cut(ZONED), replace(RESET_STATES, zoneout=(0.3, 0))),
+    ),
+    Mutation(
+        "zoneout of another step's rows",
+        "cuda/step_cells.cuh",
+        "zone_out(p.extras.zoneout_h, «row_of(p.sequences, t, x.b) * p.outputs + x.i», before, h);",
+        "x.in_rows_of(p.outputs)",
+        "each step has elements of its own",
+        (ZONED,),
+    ),
+    Mutation(
+        "zoneout adds what it keeps",
+        "cuda/step_cells.cuh",
+        "now[v] = kept * before[v] + «(1 - kept) * now[v]»;",
+        "now[v]",
+        "the parts make one",
+        (ZONED, RATES),
+    ),
+    Mutation(
+        "zoneout forgets c",
+        "cuda/step_cells.cuh",
+        "«zone_out(p_.extras.zoneout_c, at_row, c_before, c_);»",
+        "",
+        "it keeps c too",
+        (ZONED,),
+    ),
+    Mutation(
+        "h comes from what zoneout made of c",
+        "cuda/step_cells.cuh",
+        "cell_output<typename E::Math>(a[3][v], «c_made[v]»);",
+        "c_[v]",
+        "it comes from what the cell made",
+        (ZONED,),
+    ),
+    Mutation(
+        "the gradient of kept h is lost",
+        "cuda/step_cells.cuh",
+        "for (int v = 0; v < V; ++v) d_h[v] += «kept[v]»;",
+        "0",
+        "it goes past the cell",
+        _ZONED,
+    ),
+    Mutation(
+        "the cell gets the gradient of kept h",
+        "cuda/step_cells.cuh",
+        "«d_h[v] -= kept[v];»",
+        "",
+        "it made nothing of it",
+        _ZONED,
+    ),
+    Mutation(
+        "the gradient of kept c is lost",
+        "cuda/step_cells.cuh",
+        "d_c_[v] += «kept_d_c[v]»;",
+        "0",
+        "it goes past the cell",
+        _ZONED,
+    ),
+    Mutation(
+        "the cell gets the gradient of kept c",
+        "cuda/step_cells.cuh",
+        "«d_c_[v] -= kept[v];»",
+        "",
+        "it made nothing of it",
+        _ZONED,
+    ),
+    Mutation(
+        "the gradient of h goes through what zoneout made of c",
+        "cuda/step_cells.cuh",
+        "«c_[v] = g[1][v] * c_before_[v] + g[0][v] * g[2][v];»",
+        "",
+        "h came from what the cell made",
+        _ZONED,
+    ),
+    Mutation(
+        "cell states are not stored",
+        "cuda/step_cells.cuh",
+        "if (p_.cell_states != nullptr) «store<E>(p_.cell_states, at_row, c_);»",
+        "",
+        "the caller gets them",
+        (CELLS,),
+    ),
+    Mutation(
+        "cell states of the wrong layer",
+        "cuda/cuda_ops.cpp",
+        "first_returned = «(l - p.layers + wanted.cell_layers) * p.directions»;",
+        "(p.layers - 1 - l) * p.directions",
+        "they are in the order of layers",
+        (CELLS,),
+    ),
+    Mutation(
+        "gradients of cell states for the wrong layer",
+        "cuda/cuda_ops.cpp",
+        "first_returned = «(l - p.layers + cell_layers) * p.directions»;",
+        "(p.layers - 1 - l) * p.directions",
+        "they are in the order of layers",
+        (CELLS,),
+    ),
+    Mutation(
+        "gradients of cell states are lost",
+        "cuda/step_cells.cuh",
+        "d_c_[v] += «d_cells[v]»;",
+        "0",
+        "they are part of that of c",
+        (CELLS,),
+    ),
+    Mutation(
+        "cell states of no step are left as they were",
+        "cuda/cuda_ops.cpp",
+        "«for (Tensor& t : cell_states) t.zero_();»",
+        "",
+        "they are zero",
+        (ragged(CELLS),),
+    ),
+    # Gates computed again, and gradients in groups.
+    Mutation(
+        "cell states are saved with gates only",
+        "cuda/forward_tile.cuh",
+        "if («run_.cells» == nullptr) continue;",
+        "run_.gates",
+        "the backward pass reads them",
+        _each(again, _FUSED),
+    ),
+    Mutation(
+        "step by step: cell states are saved with gates only",
+        "cuda/step_cells.cuh",
+        "if («p_.run.cells» != nullptr) store_state",
+        "p_.run.gates",
+        "the backward pass reads them",
+        _each(again, _STEPS),
+    ),
+    Mutation(
+        "gates again without b_hh",
+        "cuda/stepwise.cu",
+        "for (const void* bias : {p.b_ih, «p.b_hh»}) {",
+        "p.b_ih",
+        "it is added to b_ih",
+        _each(again, _ALL),
+    ),
+    Mutation(
+        "gates again without h",
+        "cuda/cuda_ops.cpp",
+        "multiply(s.element, gates, layer.read_h[d], w.w_hh.t(), «true»);",
+        "false",
+        "they are those of x and h",
+        _each(again, _ALL),
+    ),
+    Mutation(
+        "gates again of the other direction",
+        "cuda/cuda_ops.cpp",
+        "layer.read_h[d] = read_h(s, layer, «d»);",
+        "0",
+        "each reads its own h",
+        _each(again, _ALL),
+    ),
+    Mutation(
+        "gates again without dropout",
+        "cuda/cuda_ops.cpp",
+        "const Tensor input = «input_of_layer(s, layer.index, layer.below, {0, p.N})»;\n  for (int64_t d",
+        "layer.below",
+        "the layer read dropped outputs",
+        (again(DEEP), again(LAYERS[0])),
+    ),
+    Mutation(
+        "groups of the wrong rows",
+        "cuda/cuda_ops.cpp",
+        "return «t.view({p.T, groups, rows, features}).transpose(0, 1)».reshape",
+        "t.view({groups, p.T, rows, features})",
+        "a group has its rows of each step",
+        (GROUPED,),
+    ),
+    Mutation(
+        "the gradient of W_hh in one group",
+        "cuda/cuda_ops.cpp",
+        "&& «s.groups == 1») {",
+        "true",
+        "each group has its own",
+        (GROUPED,),
     ),
     # The streamed family.
     Mutation(
@@ -1274,8 +1593,8 @@ MUTATIONS = [
     Mutation(
         "W_hr is applied to the rows of another step",
         "cuda/cuda_ops.cpp",
-        "s.product(«layer.d_outputs[d].t()», layer.hidden_states[d]);",
-        "layer.d_outputs[d].roll(1, 0).t()",
+        "s.gradient(«layer.d_outputs[d]», layer.hidden_states[d]);",
+        "layer.d_outputs[d].roll(1, 0)",
         "a step's gradient belongs to its own hidden state",
         (PROJECTED,),
     ),
