@@ -93,7 +93,9 @@ void check_weights(const Arguments& a, const Call& call) {
   const int64_t states = p.layers * p.directions, out = p.output_size();
   FASTLSTM_CHECK(static_cast<int64_t>(weights.size()) == states * a.per_direction, "weights must be ", states, " * ",
                  a.per_direction, " tensors (L*D times W_ih, W_hh", call.has_bias ? ", b_ih, b_hh" : "",
-                 p.P > 0 ? ", W_hr" : "", "), got ", weights.size());
+                 p.P > 0 ? ", W_hr" : "", p.layer_norm ? ", weight_ln_ih, weight_ln_hh, weight_ln_c, bias_ln_c" : "",
+                 "), got ", weights.size());
+  const int64_t plain = a.plain_weights();
   for (int64_t i = 0; i < states; ++i) {
     const Tensor* w = weights.data() + i * a.per_direction;
     for (int64_t j = 0; j < a.per_direction; ++j) {
@@ -105,7 +107,12 @@ void check_weights(const Arguments& a, const Call& call) {
     check_shape("W_hh", "[4H, P]", w[1], {kGates * p.H, out});
     if (call.has_bias) check_shape("b_ih", "[4H]", w[2], {kGates * p.H});
     if (call.has_bias) check_shape("b_hh", "[4H]", w[3], {kGates * p.H});
-    if (p.P > 0) check_shape("W_hr", "[P, H]", w[a.per_direction - 1], {p.P, p.H});
+    if (p.P > 0) check_shape("W_hr", "[P, H]", w[plain - 1], {p.P, p.H});
+    if (!p.layer_norm) continue;
+    check_shape("weight_ln_ih", "[4H]", w[plain], {kGates * p.H});
+    check_shape("weight_ln_hh", "[4H]", w[plain + 1], {kGates * p.H});
+    check_shape("weight_ln_c", "[H]", w[plain + 2], {p.H});
+    check_shape("bias_ln_c", "[H]", w[plain + 3], {p.H});
   }
 }
 
@@ -161,6 +168,7 @@ Arguments parse(const Call& call, bool training) {
   p.layers = call.num_layers;
   p.directions = call.bidirectional ? 2 : 1;
   p.training = training;
+  p.layer_norm = call.layer_norm;
   parse_sizes(a, call);
   if (call.lengths) check_lengths(a, *call.lengths, call.x);
   if (call.reset_mask) check_reset_mask(a, *call.reset_mask, call.x);
@@ -173,7 +181,7 @@ Arguments parse(const Call& call, bool training) {
   p.compute_bytes = a.compute_type == ScalarType::Double ? 8 : 4;
   check_dtype_and_device("h_0", call.h_0, call.x);
   check_dtype_and_device("c_0", call.c_0, call.x);
-  a.per_direction = 2 + (call.has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0);
+  a.per_direction = 2 + (call.has_bias ? 2 : 0) + (p.P > 0 ? 1 : 0) + (p.layer_norm ? kLayerNormWeights : 0);
   check_weights(a, call);
   if (call.dropout_mask) check_dropout_mask(a, *call.dropout_mask, call.x);
   if (call.reset_h || call.reset_c) check_reset_states(a, call);
@@ -202,13 +210,20 @@ void check_backward(const Arguments& a, const Call& call, const BackwardCall& ba
   FASTLSTM_CHECK(
       backward.groups >= 1 && a.batch() % backward.groups == 0 && (backward.groups == 1 || !call.batch_sizes),
       "groups must be positive and divide B = ", a.batch(), ", of rows that are not packed, got ", backward.groups);
-  FASTLSTM_CHECK(saved.size() == 3, "saved must hold gates, cells and layer_outputs, got ", saved.size(),
-                 " tensors (was the forward pass run with save=True?)");
+  FASTLSTM_CHECK(saved.size() == (p.layer_norm ? 6 : 3), "saved must hold gates, cells",
+                 p.layer_norm ? ", layer_outputs, norm_ih, norm_hh and rstd" : " and layer_outputs", ", got ",
+                 saved.size(), " tensors (was the forward pass run with save=True?)");
   const bool recompute = saved[0].dim() == 3 && saved[0].size(1) == 0;
-  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, recompute ? 0 : a.row_count, kGates * p.H});
+  const int64_t kept_rows = recompute ? 0 : a.row_count;
+  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, kept_rows, kGates * p.H});
   check_shape("cells", "[L*D, N, H]", saved[1], {states, a.row_count, p.H});
   check_shape("layer_outputs", "[L-1, N, D*P]", saved[2], {p.layers - 1, a.row_count, width});
-  const ScalarType saved_types[] = {saved_type, a.compute_type, saved_type};
+  if (p.layer_norm) {
+    check_shape("norm_ih", "[L*D, N, 4H]", saved[3], {states, kept_rows, kGates * p.H});
+    check_shape("norm_hh", "[L*D, N, 4H]", saved[4], {states, kept_rows, kGates * p.H});
+    check_shape("rstd", "[2*L*D, N, 1]", saved[5], {2 * states, kept_rows, 1});
+  }
+  const ScalarType saved_types[] = {saved_type, a.compute_type, saved_type, saved_type, saved_type, a.compute_type};
   for (size_t i = 0; i < saved.size(); ++i)
     FASTLSTM_CHECK(
         saved[i].scalar_type() == saved_types[i] && saved[i].is_contiguous() && saved[i].device() == call.x.device(),

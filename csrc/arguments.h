@@ -13,6 +13,8 @@ namespace fastlstm {
 
 using at::ScalarType;
 
+constexpr int64_t kLayerNormWeights = 4;  // weight_ln_ih, weight_ln_hh, weight_ln_c, bias_ln_c
+
 struct Arguments {
   Problem problem;               // as the caller's tensors say: T, B and N know nothing of lengths
   std::vector<int64_t> offsets;  // [T + 1], rows of step t are offsets[t] ... offsets[t+1]-1; empty without batch_sizes
@@ -22,6 +24,8 @@ struct Arguments {
   Sizes rows;                    // leading sizes of x and y: [T, B], packed [N], single step [B]
   Sizes states;                  // leading sizes of the states: [L*D, B], single step [B]
 
+  // Weights of one direction before those of its layer normalisation.
+  int64_t plain_weights() const { return per_direction - (problem.layer_norm ? kLayerNormWeights : 0); }
   // The caller's B.
   int64_t batch() const { return states[states.size() - 1]; }
   // Of a tensor with so many blocks of rows of x.
@@ -38,7 +42,7 @@ Arguments parse(const Call& call, bool training);
 void check_wanted(const Arguments& a, const Wanted& wanted);
 
 // The rest of lstm_backward's arguments, of which `a` are the first. `saved_type`: of gates and layer_outputs as the
-// backend's forward pass saves them; cells are in the compute type. Gates without rows are to be computed again.
+// backend's forward pass saves them; the others are in the compute type. Gates without rows are to be computed again.
 void check_backward(const Arguments& a, const Call& call, const BackwardCall& backward, ScalarType saved_type);
 
 // Contiguous and of the given type; the tensor itself where it already is.

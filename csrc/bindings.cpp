@@ -54,8 +54,9 @@ py::dict pass_to_dict(const PassPlan& pass) {
 
 py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
                   int64_t compute_bytes, bool training, bool bf16_allowed, int threads, std::optional<int> vector_bytes,
-                  std::optional<bool> bf16, std::optional<int64_t> l2_bytes) {
-  const Problem problem = {T, B, N, I, H, P, layers, directions, compute_bytes, training, bf16_allowed, false};
+                  std::optional<bool> bf16, std::optional<int64_t> l2_bytes, bool layer_norm) {
+  const Problem problem = {T,          B,             N,        I,            H,     P,         layers,
+                           directions, compute_bytes, training, bf16_allowed, false, layer_norm};
   Machine machine = cpu::this_machine(threads);
   machine.vector_bytes = vector_bytes.value_or(machine.vector_bytes);
   machine.fma = machine.fma || vector_bytes.value_or(0) > 16;
@@ -101,7 +102,7 @@ py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, in
                        const std::string& element_text, bool training, bool step_extras, int sms, int shared_bytes,
                        int64_t l2_bytes, double gigahertz) {
   const int64_t compute_bytes = element_text == "float64" ? 8 : 4;
-  const Problem problem = {T, B, T * B, I, H, P, layers, directions, compute_bytes, training, false, step_extras};
+  const Problem problem = {T, B, T * B, I, H, P, layers, directions, compute_bytes, training, false, step_extras, false};
   const auto element = parse_name("element", element_text, cuda::elements(), cuda::element_name);
   const cuda::Device device = {sms, shared_bytes, l2_bytes, gigahertz};
   py::dict d;
@@ -228,7 +229,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_for", &plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("N"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("compute_bytes"), py::arg("training"),
         py::arg("bf16_allowed"), py::arg("threads"), py::arg("vector_bytes") = py::none(), py::arg("bf16") = py::none(),
-        py::arg("l2_bytes") = py::none());
+        py::arg("l2_bytes") = py::none(), py::arg("layer_norm") = false);
   m.def("set_forced", &set_forced, py::arg("plan"), py::arg("isa"), py::arg("split"), py::arg("bulk_input"),
         py::arg("products"), py::arg("octets"), py::arg("tiles"), py::arg("groups"), py::arg("layers"),
         py::arg("run_steps"));

@@ -42,6 +42,7 @@ enum Position {
   kZoneoutRateC,
   kCellLayers,
   kRecompute,
+  kLayerNorm,
   kCount
 };
 
@@ -61,7 +62,7 @@ bool have_plain_types(PyObject* const* arguments) {
              [](PyObject* object) { return object == Py_None || is_plain(object); }) &&
          all({kNumLayers, kCellLayers}, [](PyObject* object) { return PyLong_CheckExact(object); }) &&
          all({kZoneoutRateH, kZoneoutRateC}, [](PyObject* object) { return PyFloat_CheckExact(object); }) &&
-         all({kBidirectional, kHasBias, kReducedProducts, kRecompute},
+         all({kBidirectional, kHasBias, kReducedProducts, kRecompute, kLayerNorm},
              [](PyObject* object) { return PyBool_Check(object); });
 }
 
@@ -113,7 +114,8 @@ PyObject* call_lstm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                      last_options[3],
                      last_options[4],
                      PyFloat_AS_DOUBLE(arguments[kZoneoutRateH]),
-                     PyFloat_AS_DOUBLE(arguments[kZoneoutRateC])};
+                     PyFloat_AS_DOUBLE(arguments[kZoneoutRateC]),
+                     flag(kLayerNorm)};
   const int64_t cell_layers = integer(arguments[kCellLayers]);
 
   ForwardResult result;

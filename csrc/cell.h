@@ -7,7 +7,7 @@
 //   i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)
 //   c_t = f * c_{t-1} + i * g             h_t = o * tanh(c_t)
 // where a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh are the pre-activations. Backward is the chain rule through these
-// lines.
+// lines, in two parts: with layer-normalised gates h_t is made of a normalised c_t (cpu/layer_norm.inl).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -36,13 +36,21 @@ FASTLSTM_CELL V cell_output(V o, V c) {
   return o * Math::tanh(c);
 }
 
-// i, f, g, o: activations on entry, gradients of the pre-activations on exit.
-// d_c: gradient of c_t through c_{t+1} on entry, gradient of c_{t-1} on exit. d_h: whole gradient of h_t.
+// The way back through cell_output. o: activation on entry, gradient of the pre-activation on exit. d_h: whole gradient
+// of h_t. Returns the gradient that reaches c.
 template <class Math, class V>
-FASTLSTM_CELL void cell_backward(V& i, V& f, V& g, V& o, V c, V c_prev, V d_h, V& d_c) {
+FASTLSTM_CELL V cell_output_backward(V& o, V c, V d_h) {
   const V tanh_c = Math::tanh(c);
   const V d_o = d_h * tanh_c;
-  d_c = d_c + d_h * o * (1 - tanh_c * tanh_c);
+  const V d_c = d_h * o * (1 - tanh_c * tanh_c);
+  o = d_o * o * (1 - o);
+  return d_c;
+}
+
+// The way back through cell_state. i, f, g: activations on entry, gradients of the pre-activations on exit. d_c: whole
+// gradient of c_t on entry, gradient of c_{t-1} on exit.
+template <class V>
+FASTLSTM_CELL void cell_state_backward(V& i, V& f, V& g, V c_prev, V& d_c) {
   const V d_i = d_c * g;
   const V d_f = d_c * c_prev;
   const V d_g = d_c * i;
@@ -50,7 +58,14 @@ FASTLSTM_CELL void cell_backward(V& i, V& f, V& g, V& o, V c, V c_prev, V d_h, V
   i = d_i * i * (1 - i);
   f = d_f * f * (1 - f);
   g = d_g * (1 - g * g);
-  o = d_o * o * (1 - o);
+}
+
+// i, f, g, o: activations on entry, gradients of the pre-activations on exit.
+// d_c: gradient of c_t through c_{t+1} on entry, gradient of c_{t-1} on exit. d_h: whole gradient of h_t.
+template <class Math, class V>
+FASTLSTM_CELL void cell_backward(V& i, V& f, V& g, V& o, V c, V c_prev, V d_h, V& d_c) {
+  d_c = d_c + cell_output_backward<Math>(o, c, d_h);
+  cell_state_backward(i, f, g, c_prev, d_c);
 }
 
 }  // namespace fastlstm

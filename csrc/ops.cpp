@@ -25,13 +25,18 @@
 //   zoneout_rate_h, _c  without such a mask: the part of the state that is of the step before, in every element
 //   cell_layers       so many layers, the highest of the stack, return their cell states
 //   recompute         whether gates are not kept for lstm_backward, which then computes them again
+//   layer_norm        whether W_ih x, W_hh h and c are normalised before the gates and the output are made of them.
+//                     Behind the weights of each direction come weight_ln_ih and weight_ln_hh [4H], weight_ln_c and
+//                     bias_ln_c [H]
 // All of them are on the device of x, but for batch_sizes; lengths may be on the CPU too.
 //
-// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, then with `save` three tensors: gates [L*D, N, 4H] (activations
-// i, f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with `lengths` their
-// rows are in an order of the backend's own. With `recompute`, gates have no rows. On the CPU all three are in the
-// compute type (float32 below float64), on CUDA only cells are, and the others in the dtype of x. Last come, with
-// cell_layers, the cell states [cell_layers * D, *x.shape[:-1], H] in the dtype of x.
+// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, then with `save` three or six tensors: gates [L*D, N, 4H]
+// (activations i, f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with
+// `lengths` their rows are in an order of the backend's own. With layer_norm come norm_ih and norm_hh [L*D, N, 4H], the
+// normalised products, and rstd [2*L*D, N, 1], what W_ih x and, in the second half, W_hh h have been multiplied by for
+// that. With `recompute`, gates, norm_ih, norm_hh and rstd have no rows. On the CPU all of them are in the compute type
+// (float32 below float64), on CUDA only cells are, and the others in the dtype of x. Last come, with cell_layers, the
+// cell states [cell_layers * D, *x.shape[:-1], H] in the dtype of x.
 //
 // lstm_backward returns d_x, d_h_0, d_c_0, one gradient per weight and, with reset_h, those of reset_h and reset_c;
 // what `needs` marks with 0 comes back empty. `needs` has an entry for x, one for the states, then one per weight, and
@@ -75,7 +80,7 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
     kWeights
   };
   // And these numbers, as vectors of these names.
-  enum Structure : size_t { kNumLayers, kBidirectional, kHasBias, kReducedProducts, kWeightCount };
+  enum Structure : size_t { kNumLayers, kBidirectional, kHasBias, kReducedProducts, kLayerNorm, kWeightCount };
   static constexpr const char *kStructure = "structure", *kZoneoutRates = "zoneout_rates";
   static constexpr size_t kInputs = 3;   // x, h_0 and c_0; of the inputs the weights come behind them
   static constexpr size_t kOutputs = 3;  // y, h_n and c_n; then the cell states, if they are returned
@@ -96,8 +101,9 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
     context->save_for_backward(std::move(kept));
-    context->saved_data[kStructure] = std::vector<int64_t>{call.num_layers, call.bidirectional, call.has_bias,
-                                                           call.reduced_products, static_cast<int64_t>(weights.size())};
+    context->saved_data[kStructure] =
+        std::vector<int64_t>{call.num_layers,       call.bidirectional, call.has_bias,
+                             call.reduced_products, call.layer_norm,    static_cast<int64_t>(weights.size())};
     if (call.zoneout_rate_h != 0 || call.zoneout_rate_c != 0)
       context->saved_data[kZoneoutRates] = std::vector<double>{call.zoneout_rate_h, call.zoneout_rate_c};
     context->set_materialize_grads(false);
@@ -132,12 +138,28 @@ struct LstmFunction : torch::autograd::Function<LstmFunction> {
     // With create_graph=True the gradients are functions that autograd can differentiate again: those of lstm_backward.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
-    auto [d_x, d_h_0, d_c_0, d_weights, d_resets] = lstm_backward_operator(
-        {kept[kX], weights, kept[kH0], kept[kC0], option(kBatchSizes), option(kLengths), option(kResetMask),
-         option(kDropoutMask), structure[kNumLayers], structure[kBidirectional] != 0, structure[kHasBias] != 0,
-         structure[kReducedProducts] != 0, option(kResetH), option(kResetC), option(kRecurrentMask), option(kZoneoutH),
-         option(kZoneoutC), rates[0], rates[1]},
-        {d_options[0], d_options[1], d_options[2], d_options[3], kept[kY], saved, needs, 1});
+    auto [d_x, d_h_0, d_c_0, d_weights, d_resets] =
+        lstm_backward_operator({kept[kX],
+                                weights,
+                                kept[kH0],
+                                kept[kC0],
+                                option(kBatchSizes),
+                                option(kLengths),
+                                option(kResetMask),
+                                option(kDropoutMask),
+                                structure[kNumLayers],
+                                structure[kBidirectional] != 0,
+                                structure[kHasBias] != 0,
+                                structure[kReducedProducts] != 0,
+                                option(kResetH),
+                                option(kResetC),
+                                option(kRecurrentMask),
+                                option(kZoneoutH),
+                                option(kZoneoutC),
+                                rates[0],
+                                rates[1],
+                                structure[kLayerNorm] != 0},
+                               {d_options[0], d_options[1], d_options[2], d_options[3], kept[kY], saved, needs, 1});
     const auto put = [&](size_t input, Tensor& gradient) {
       if (needed(input)) gradients[input] = std::move(gradient);
     };
@@ -214,7 +236,7 @@ ForwardResult lstm_operator(const Call& c, const Wanted& wanted) {
   return found.call(c.x, c.weights, c.h_0, c.c_0, c.batch_sizes, c.lengths, c.reset_mask, c.dropout_mask, c.num_layers,
                     c.bidirectional, c.has_bias, c.reduced_products, wanted.save, c.reset_h, c.reset_c,
                     c.recurrent_mask, c.zoneout_h, c.zoneout_c, c.zoneout_rate_h, c.zoneout_rate_c, wanted.cell_layers,
-                    wanted.recompute);
+                    wanted.recompute, c.layer_norm);
 }
 
 BackwardResult lstm_backward_operator(const Call& c, const BackwardCall& b) {
@@ -222,7 +244,7 @@ BackwardResult lstm_backward_operator(const Call& c, const BackwardCall& b) {
   return found.call(b.d_y, b.d_h_n, b.d_c_n, c.x, c.weights, c.h_0, c.c_0, b.y, b.saved, c.batch_sizes, c.lengths,
                     c.reset_mask, c.dropout_mask, c.num_layers, c.bidirectional, c.has_bias, c.reduced_products,
                     b.needs, b.d_cell_states, c.reset_h, c.reset_c, c.recurrent_mask, c.zoneout_h, c.zoneout_c,
-                    c.zoneout_rate_h, c.zoneout_rate_c, b.groups);
+                    c.zoneout_rate_h, c.zoneout_rate_c, b.groups, c.layer_norm);
 }
 
 }  // namespace fastlstm
@@ -233,15 +255,15 @@ TORCH_LIBRARY(fastlstm, m) {
       "Tensor? reset_mask, Tensor? dropout_mask, int num_layers, bool bidirectional, bool has_bias, "
       "bool reduced_products, bool save, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? recurrent_mask=None, "
       "Tensor? zoneout_h=None, Tensor? zoneout_c=None, float zoneout_rate_h=0, float zoneout_rate_c=0, "
-      "int cell_layers=0, bool recompute=False) -> "
+      "int cell_layers=0, bool recompute=False, bool layer_norm=False) -> "
       "(Tensor y, Tensor h_n, Tensor c_n, Tensor[] saved, Tensor[] cell_states)");
   m.def(
       "lstm_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor[] weights, Tensor h_0, Tensor c_0, "
       "Tensor y, Tensor[] saved, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? dropout_mask, "
       "int num_layers, bool bidirectional, bool has_bias, bool reduced_products, int[] needs, "
       "Tensor? d_cell_states=None, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? recurrent_mask=None, "
-      "Tensor? zoneout_h=None, Tensor? zoneout_c=None, float zoneout_rate_h=0, float zoneout_rate_c=0, int groups=1) "
-      "-> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights, Tensor[] d_resets)");
+      "Tensor? zoneout_h=None, Tensor? zoneout_c=None, float zoneout_rate_h=0, float zoneout_rate_c=0, int groups=1, "
+      "bool layer_norm=False) -> (Tensor d_x, Tensor d_h_0, Tensor d_c_0, Tensor[] d_weights, Tensor[] d_resets)");
 }
 
 TORCH_LIBRARY_IMPL(fastlstm, Autograd, m) { m.impl("lstm", fastlstm::forward_kernel<fastlstm::lstm_autograd>); }

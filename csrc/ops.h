@@ -30,6 +30,7 @@ struct Call {
   bool bidirectional, has_bias, reduced_products;
   const OptionalTensor &reset_h, &reset_c, &recurrent_mask, &zoneout_h, &zoneout_c;
   double zoneout_rate_h, zoneout_rate_c;
+  bool layer_norm;
 };
 
 // What lstm is asked for beside y, h_n and c_n.
@@ -55,7 +56,7 @@ using Forward = ForwardResult(const Tensor& x, at::TensorList weights, const Ten
                               const OptionalTensor& reset_h, const OptionalTensor& reset_c,
                               const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
                               const OptionalTensor& zoneout_c, double zoneout_rate_h, double zoneout_rate_c,
-                              int64_t cell_layers, bool recompute);
+                              int64_t cell_layers, bool recompute, bool layer_norm);
 using Backward = BackwardResult(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
                                 const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
                                 const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
@@ -65,7 +66,7 @@ using Backward = BackwardResult(const OptionalTensor& d_y, const OptionalTensor&
                                 const OptionalTensor& d_cell_states, const OptionalTensor& reset_h,
                                 const OptionalTensor& reset_c, const OptionalTensor& recurrent_mask,
                                 const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double zoneout_rate_h,
-                                double zoneout_rate_c, int64_t groups);
+                                double zoneout_rate_c, int64_t groups, bool layer_norm);
 
 // What is registered for a backend that implements the operators as functions of the structs above.
 template <ForwardResult (*kImplementation)(const Call&, const Wanted&)>
@@ -76,11 +77,28 @@ ForwardResult forward_kernel(const Tensor& x, at::TensorList weights, const Tens
                              const OptionalTensor& reset_h, const OptionalTensor& reset_c,
                              const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
                              const OptionalTensor& zoneout_c, double zoneout_rate_h, double zoneout_rate_c,
-                             int64_t cell_layers, bool recompute) {
-  return kImplementation(
-      {x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias,
-       reduced_products, reset_h, reset_c, recurrent_mask, zoneout_h, zoneout_c, zoneout_rate_h, zoneout_rate_c},
-      {cell_layers, save, recompute});
+                             int64_t cell_layers, bool recompute, bool layer_norm) {
+  return kImplementation({x,
+                          weights,
+                          h_0,
+                          c_0,
+                          batch_sizes,
+                          lengths,
+                          reset_mask,
+                          dropout_mask,
+                          num_layers,
+                          bidirectional,
+                          has_bias,
+                          reduced_products,
+                          reset_h,
+                          reset_c,
+                          recurrent_mask,
+                          zoneout_h,
+                          zoneout_c,
+                          zoneout_rate_h,
+                          zoneout_rate_c,
+                          layer_norm},
+                         {cell_layers, save, recompute});
 }
 template <BackwardResult (*kImplementation)(const Call&, const BackwardCall&)>
 BackwardResult backward_kernel(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
@@ -92,11 +110,28 @@ BackwardResult backward_kernel(const OptionalTensor& d_y, const OptionalTensor& 
                                const OptionalTensor& d_cell_states, const OptionalTensor& reset_h,
                                const OptionalTensor& reset_c, const OptionalTensor& recurrent_mask,
                                const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double zoneout_rate_h,
-                               double zoneout_rate_c, int64_t groups) {
-  return kImplementation(
-      {x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, dropout_mask, num_layers, bidirectional, has_bias,
-       reduced_products, reset_h, reset_c, recurrent_mask, zoneout_h, zoneout_c, zoneout_rate_h, zoneout_rate_c},
-      {d_y, d_h_n, d_c_n, d_cell_states, y, saved, needs, groups});
+                               double zoneout_rate_c, int64_t groups, bool layer_norm) {
+  return kImplementation({x,
+                          weights,
+                          h_0,
+                          c_0,
+                          batch_sizes,
+                          lengths,
+                          reset_mask,
+                          dropout_mask,
+                          num_layers,
+                          bidirectional,
+                          has_bias,
+                          reduced_products,
+                          reset_h,
+                          reset_c,
+                          recurrent_mask,
+                          zoneout_h,
+                          zoneout_c,
+                          zoneout_rate_h,
+                          zoneout_rate_c,
+                          layer_norm},
+                         {d_y, d_h_n, d_c_n, d_cell_states, y, saved, needs, groups});
 }
 
 // The operators as their users call them: with autocast, autograd and what else applies.

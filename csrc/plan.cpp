@@ -36,6 +36,7 @@ constexpr double kCopyPerElement = 0.5;    // packing a matrix that is already k
 constexpr double kLeftPerElement = 0.4;    // packing rows that are multiplied, by each thread that multiplies them
 constexpr double kForeignBytes = 4;        // bytes per cycle of what another core has just packed, from its cache
 constexpr double kCellPerVector = 55;      // one vector of units of one row: five exponentials and as many divisions
+constexpr double kNormPerVector = 45;      // the same vector's part of normalising what the cell reads and makes
 constexpr int64_t kPackedRows = 10;        // rows of a bulk product from which on packing its weights pays
 }  // namespace cost
 
@@ -101,9 +102,17 @@ double tile_rate(double rows) {
   return of_a_tile > 4 ? cost::kTileRate : of_a_tile > 3 ? cost::kTileRate4 : cost::kNarrowTileRate;
 }
 
+// Cycles of the cell of one step on the busiest thread. Normalised rows are not divided, whatever the split.
+double cell_cycles(const Candidate& c, const Shape& s, const Share& share, const Problem& p, const Machine& m) {
+  if (!p.layer_norm) return share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
+  const double rows =
+      c.split == Split::kRows ? share.rows : std::ceil(static_cast<double>(p.directions) * s.rows / m.threads);
+  return rows * std::ceil(s.H / lanes(p, m)) * (cost::kCellPerVector + cost::kNormPerVector);
+}
+
 // Cycles of the products and the cell of one step on one core; pass_rows meet the weights together.
-double step_cycles(const Candidate& c, const Share& share, double K, int64_t pass_rows, const Problem& p,
-                   const Machine& m) {
+double step_cycles(const Candidate& c, const Shape& s, const Share& share, double K, int64_t pass_rows,
+                   const Problem& p, const Machine& m) {
   const bool dots = c.family == Family::kUnpacked;
   const double outputs = share.rows * share.units * 4, bf16 = c.products == Products::kBf16 ? 2 : 1;
   const double rate = bf16 * peak(p, m) * (dots ? cost::kDotRate : tile_rate(share.rows));
@@ -113,8 +122,7 @@ double step_cycles(const Candidate& c, const Share& share, double K, int64_t pas
   const double exposed = cost::kExposedL2 + (cost::kExposedL3 - cost::kExposedL2) * l3_part(bytes, p, m);
   const double multiply = outputs * K / rate;
   return std::max(multiply, read) + exposed * std::min(multiply, read) +
-         (dots ? outputs * cost::kDotOverhead / rate : 0) +
-         share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
+         (dots ? outputs * cost::kDotOverhead / rate : 0) + cell_cycles(c, s, share, p, m);
 }
 
 // Cycles of one library GEMM: `rows` rows against a weight matrix of K x columns.
@@ -130,8 +138,8 @@ double library_cycles(double rows, double K, double columns, const Problem& p, c
 double library_step_cycles(const Shape& s, const Problem& p, const Machine& m) {
   double step = library_cycles(s.rows, s.P, 4 * s.H, p, m);
   if (p.P > 0) step += library_cycles(s.rows, s.H, s.P, p, m);
-  const double cell =
-      s.rows * s.H / lanes(p, m) * cost::kCellPerVector / std::min<double>(m.threads, std::max(s.rows, 1.0));
+  const double per_vector = cost::kCellPerVector + (p.layer_norm ? cost::kNormPerVector : 0);
+  const double cell = s.rows * s.H / lanes(p, m) * per_vector / std::min<double>(m.threads, std::max(s.rows, 1.0));
   return static_cast<double>(p.directions) * (step + cell) + cost::kForkJoin;
 }
 
@@ -165,13 +173,13 @@ double forward_cycles(const Candidate& c, const Shape& s, const Problem& p, cons
   const Share share = share_of(s, c.split, p, m);
   const double K = s.P + (c.bulk_input ? 0 : s.I);
   const int64_t pass_rows = cpu::rows_per_pass(static_cast<int64_t>(weight_bytes(c, share, K, p)));
-  double step = step_cycles(c, share, K, pass_rows, p, m), packing = 0;
+  double step = step_cycles(c, s, share, K, pass_rows, p, m), packing = 0;
   if (c.family == Family::kPacked) {
     step += share.rows * K * cost::kLeftPerElement;
     packing = packing_cycles(c, 4 * s.H * K, cost::kPackPerElement, p, m);
   }
   return s.steps * step + packing + (c.bulk_input ? bulk : 0) +
-         synchronisation_cycles(c, s, p.P > 0 ? 2 : 1, step, p, m);
+         synchronisation_cycles(c, s, 1 + (p.P > 0 ? 1 : 0) + (p.layer_norm ? 1 : 0), step, p, m);
 }
 
 double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, const Machine& m) {
@@ -179,31 +187,34 @@ double backward_cycles(const Candidate& c, const Shape& s, const Problem& p, con
   const Share share = share_of(s, c.split, p, m);
   double step, packing = 0;
   if (c.family == Family::kPacked) {
-    step = step_cycles(c, share, s.P, cpu::kBlockRows, p, m) + share.rows * 4 * s.H * cost::kLeftPerElement;
+    step = step_cycles(c, s, share, s.P, cpu::kBlockRows, p, m) + share.rows * 4 * s.H * cost::kLeftPerElement;
     packing = packing_cycles(c, 4 * s.H * s.P, cost::kCopyPerElement, p, m);
   } else {
     const double outputs = share.rows * share.units * 4,
                  readings = std::ceil(share.rows / static_cast<double>(cpu::kStoredRows));
     const double bytes = share.units * 4 * s.P * static_cast<double>(p.compute_bytes);
     step = std::max(outputs * s.P / (peak(p, m) * cost::kStoredRate), readings * bytes / cost::kStoredBytes) +
-           share.rows * std::ceil(share.units / lanes(p, m)) * cost::kCellPerVector;
+           cell_cycles(c, s, share, p, m);
   }
-  return s.steps * step + packing + synchronisation_cycles(c, s, p.P > 0 ? 3 : 1, step, p, m);
+  const double phases = (p.P > 0 ? 3 : 1) + (p.layer_norm ? 1 : 0);
+  return s.steps * step + packing + synchronisation_cycles(c, s, phases, step, p, m);
 }
 
 // The limits of the families: the only place that states them.
 std::vector<Candidate> candidates(const Problem& p, bool backward) {
   constexpr Products kFull = Products::kFull, kBf16 = Products::kBf16;
+  // Where x W_ih^T is normalised it is a product by itself.
+  const bool bulk_only = p.layer_norm && !backward;
   std::vector<Candidate> all;
   all.reserve(11);  // as many as there can be: this runs at every call
   all.push_back({Family::kStepwise, Split::kRows, !backward, kFull});
   for (const Split split : {Split::kRows, Split::kUnits}) {
-    all.push_back({Family::kPacked, split, false, kFull});
-    // Both products of a bfloat16 step go through its tiles: there is no variant with a bulk product of the input.
-    if (p.bf16_allowed && p.compute_bytes == 4) all.push_back({Family::kPacked, split, false, kBf16});
+    if (!bulk_only) all.push_back({Family::kPacked, split, false, kFull});
+    // Both products of a bfloat16 step go through its tiles if they can: there is no other variant.
+    if (p.bf16_allowed && p.compute_bytes == 4) all.push_back({Family::kPacked, split, bulk_only, kBf16});
     if (!backward) all.push_back({Family::kPacked, split, true, kFull});
     // Products with weights as they are stored have no projection of their own.
-    if (p.P == 0) all.push_back({Family::kUnpacked, split, false, kFull});
+    if (p.P == 0 && !bulk_only) all.push_back({Family::kUnpacked, split, false, kFull});
     if (p.P == 0 && !backward) all.push_back({Family::kUnpacked, split, true, kFull});
   }
   return all;
@@ -214,6 +225,11 @@ bool allowed(const Candidate& c, const Constraints& constraints, const Machine& 
   return c.family == constraints.family.value_or(c.family) && c.split == constraints.split.value_or(c.split) &&
          c.bulk_input == constraints.bulk_input.value_or(c.bulk_input) &&
          (constraints.products ? c.products == *constraints.products : c.products == Products::kFull || m.bf16);
+}
+
+// bfloat16 products have no other form than the packed one.
+bool packs_input(const Problem& p, const PassPlan& plan) {
+  return p.N >= cost::kPackedRows || plan.products == Products::kBf16;
 }
 
 // The cheapest candidate within the constraints.
@@ -239,8 +255,10 @@ PassPlan choose(const Problem& p, const Machine& m, const Constraints& constrain
   else if (constraints.products == Products::kBf16 && !p.bf16_allowed)
     message << "products='bf16' needs bfloat16 tensors, or float32 and torch's permission "
                "(torch.backends.mkldnn.rnn.fp32_precision = 'bf16')";
+  else if (p.layer_norm && constraints.bulk_input == false)
+    message << "layer_norm needs bulk_input=True: it normalises the product of the input by itself";
   else if (constraints.products == Products::kBf16)
-    message << "products='bf16' needs the plan 'packed' without bulk_input";
+    message << "products='bf16' needs the plan 'packed' without bulk_input (with layer_norm: with bulk_input)";
   else
     message << "'stepwise' has no variant but split='rows' with bulk_input=True";
   throw std::invalid_argument(message.str());
@@ -275,8 +293,10 @@ PassPlan plan_forward(const Problem& problem, const Machine& machine, const Cons
     PassPlan plan;
   };
   thread_local Last last;
-  if (!(problem == last.problem && machine == last.machine && constraints == last.constraints))
+  if (!(problem == last.problem && machine == last.machine && constraints == last.constraints)) {
     last = {problem, machine, constraints, choose(problem, machine, constraints, false)};
+    last.plan.pack_input = packs_input(problem, last.plan);
+  }
   return last.plan;
 }
 
@@ -284,8 +304,7 @@ PassPlan plan_backward(const Problem& problem, const Machine& machine, const Con
   Constraints backward = constraints;
   backward.bulk_input.reset();  // says nothing about a backward pass
   PassPlan plan = choose(problem, machine, backward, true);
-  // bfloat16 products have no other form than the packed one.
-  plan.pack_input = problem.N >= cost::kPackedRows || plan.products == Products::kBf16;
+  plan.pack_input = packs_input(problem, plan);
   return plan;
 }
 

@@ -58,8 +58,9 @@ struct PassPlan {
   Split split = Split::kRows;
   bool bulk_input = false;  // forward only: x W_ih^T is one product over all steps, not part of each step's tile
   Products products = Products::kFull;
-  bool pack_input = false;  // backward only: W_ih is packed for d_x, rather than read as it is stored
-  double cycles = 0;        // estimate that won
+  // W_ih is packed for the product of all steps (forward with bulk_input, and d_x), rather than read as it is stored.
+  bool pack_input = false;
+  double cycles = 0;  // estimate that won
 };
 
 struct Plan {

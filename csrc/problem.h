@@ -18,6 +18,7 @@ struct Problem {
   bool bf16_allowed;  // products may be taken of values rounded to bfloat16: the tensors are, or the user permits it
   bool step_extras;   // a step is more than the cell: reset states, a recurrent mask, zoneout, or cell states that are
                       // returned (or have gradients). On the CPU every plan takes them
+  bool layer_norm;    // the gates' products and the cell state are normalised
 
   int64_t output_size() const { return P > 0 ? P : H; }
   bool operator==(const Problem&) const = default;

@@ -25,6 +25,7 @@ def plan_for(
     vector_bytes: int | None = None,
     bf16: bool | None = None,
     l2_bytes: int | None = None,
+    layer_norm: bool = False,
 ) -> dict[str, Any]: ...
 def lstm(
     x: Tensor,
@@ -48,6 +49,7 @@ def lstm(
     zoneout_rate_c: float,
     cell_layers: int,
     recompute: bool,
+    layer_norm: bool,
     /,
 ) -> tuple[Tensor, ...] | None: ...
 def apply(function: str, isa: str, values: Any) -> None: ...

@@ -43,6 +43,7 @@ class Extras(NamedTuple):
     zoneout_rate_c: float = 0.0
     cell_layers: int = 0
     recompute: bool = False
+    layer_norm: bool = False
 
 
 NO_EXTRAS = Extras()
@@ -69,7 +70,7 @@ class Options(NamedTuple):
         self, needs: Sequence[int], d_cell_states: Tensor | None = None, groups: int = 1
     ) -> tuple[Any, ...]:
         """The arguments of ``fastlstm::lstm_backward`` behind ``saved``."""
-        return *self[:-1], list(needs), d_cell_states, *self.extras[:-2], groups
+        return *self[:-1], list(needs), d_cell_states, *self.extras[:-3], groups, self.extras.layer_norm
 
 
 def reference_of_options(
@@ -103,6 +104,7 @@ def reference_of_options(
         zoneout_h=extras.zoneout_rate_h if zoneout_h is None else zoneout_h,
         zoneout_c=extras.zoneout_rate_c if zoneout_c is None else zoneout_c,
         cell_layers=extras.cell_layers,
+        layer_norm=extras.layer_norm,
     )
     if single_step:
         return y.squeeze(0), h_n.squeeze(0), c_n.squeeze(0), *(c.squeeze(1) for c in cell_states)

@@ -106,9 +106,9 @@ def _check(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, optio
     """What a kernel checks, where none runs; of values, those that can be read."""
     single_step = options.batch_sizes is None and h_0.dim() == 2
     if single_step:
-        checks.check_lstm_cell(x, weights, h_0, c_0, options.has_bias)
+        checks.check_lstm_cell(x, weights, h_0, c_0, options.has_bias, options.extras.layer_norm)
     else:
-        checks.check_lstm(x, weights, h_0, c_0, *options[:-2])
+        checks.check_lstm(x, weights, h_0, c_0, *options[:-2], layer_norm=options.extras.layer_norm)
     if options.extras is not NO_EXTRAS:
         checks.check_extras(x, h_0, c_0, options.reset_mask, options.num_layers, **options.extras._asdict())
 
@@ -125,11 +125,15 @@ def _lstm_fake(
     if save:
         compute_dtype = torch.promote_types(x.dtype, torch.float32)
         dtype = x.dtype if x.device.type == "cuda" else compute_dtype
+        kept_rows = 0 if options.extras.recompute else rows
         saved = [
-            x.new_empty((states, 0 if options.extras.recompute else rows, 4 * hidden), dtype=dtype),
+            x.new_empty((states, kept_rows, 4 * hidden), dtype=dtype),
             x.new_empty((states, rows, hidden), dtype=compute_dtype),
             x.new_empty((layers - 1, rows, width), dtype=dtype),
         ]
+        if options.extras.layer_norm:
+            saved += [x.new_empty((states, kept_rows, 4 * hidden), dtype=dtype) for _ in range(2)]
+            saved.append(x.new_empty((2 * states, kept_rows, 1), dtype=compute_dtype))
     returned = options.extras.cell_layers * directions
     cell_states = [x.new_empty(returned, *x.shape[:-1], hidden)] if returned else []
     return x.new_empty(*x.shape[:-1], width), x.new_empty(h_0.shape), x.new_empty(c_0.shape), saved, cell_states
@@ -165,15 +169,16 @@ def _lstm_backward_fake(
 
 
 # The arguments of ``fastlstm::lstm_backward`` behind ``needs``, where they are not given.
-_BACKWARD_DEFAULTS: tuple[Any, ...] = (None, *NO_EXTRAS[:-2], 1)
+_BACKWARD_DEFAULTS: tuple[Any, ...] = (None, *NO_EXTRAS[:-3], 1, False)
 
 
 def _parse_backward(arguments: Sequence[Any]) -> tuple[Options, list[int], Tensor | None, int]:
     """The arguments of ``fastlstm::lstm_backward`` behind ``saved``: options, needs, d_cell_states and groups."""
     count = len(Options._fields) - 1
     given = arguments[count + 1 :]
-    d_cell_states, *extras, groups = (*given, *_BACKWARD_DEFAULTS[len(given) :])
-    return Options(*arguments[:count])._replace(extras=Extras(*extras)), arguments[count], d_cell_states, groups
+    d_cell_states, *extras, groups, layer_norm = (*given, *_BACKWARD_DEFAULTS[len(given) :])
+    options = Options(*arguments[:count])._replace(extras=Extras(*extras)._replace(layer_norm=layer_norm))
+    return options, arguments[count], d_cell_states, groups
 
 
 def _lstm_backward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlstm.reference import LAYER_NORM_WEIGHTS
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +31,8 @@ def check_lstm(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
+    *,
+    layer_norm: bool = False,
 ) -> None:
     """Raise for the first argument of the operator that does not fit.
 
@@ -37,7 +41,7 @@ def check_lstm(
         RuntimeError: a size, dtype, device or value does not fit, or T = 0.
     """
     directions = 2 if bidirectional else 1
-    check_weight_count(weights, num_layers, directions, has_bias)
+    check_weight_count(weights, num_layers, directions, has_bias, layer_norm)
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
     rank = 3 if batch_sizes is None else 2
     if x.dim() != rank:
@@ -78,7 +82,7 @@ def check_lstm(
     for k in range(num_layers * directions):
         count = len(weights) // (num_layers * directions)
         width = x.size(-1) if k < directions else directions * out_size
-        _check_weights(x, weights[k * count : (k + 1) * count], width, hidden_size, out_size, has_bias)
+        _check_weights(x, weights[k * count : (k + 1) * count], width, hidden_size, out_size, has_bias, layer_norm)
 
 
 def check_extras(
@@ -97,6 +101,7 @@ def check_extras(
     zoneout_rate_c: float,
     cell_layers: int,
     recompute: bool,
+    layer_norm: bool,
 ) -> None:
     """Raise RuntimeError for the first of the operator's rarer arguments that does not fit the ones before."""
     if (reset_h is None) != (reset_c is None) or (reset_h is not None and reset_mask is None):
@@ -140,14 +145,16 @@ def check_regularisers(weight_dropout: float, recurrent_dropout: float, zoneout:
             raise ValueError(f"{name} must be a number in [0, 1], got {p!r}")
 
 
-def check_lstm_cell(x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, has_bias: bool) -> None:
+def check_lstm_cell(
+    x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, has_bias: bool, layer_norm: bool = False
+) -> None:
     """Raise for the first argument of a single step that does not fit.
 
     Raises:
         ValueError: the dtype of x is not that of the weights, or the number of weights does not fit.
         RuntimeError: a size, dtype or device does not fit.
     """
-    check_weight_count(weights, 1, 1, has_bias)
+    check_weight_count(weights, 1, 1, has_bias, layer_norm)
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
     if x.dim() != 2:
         raise RuntimeError(f"the input of a single step must have 2 dimensions, got {x.dim()}")
@@ -167,21 +174,23 @@ def check_lstm_cell(x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, 
     _check_input_dtype(x, weights[0])
     _check_state_dtypes(x, h, c)
     _check_devices(x, weights, h, c)
-    _check_weights(x, weights, x.size(1), hidden_size, out_size, has_bias)
+    _check_weights(x, weights, x.size(1), hidden_size, out_size, has_bias, layer_norm)
 
 
-def check_weight_count(weights: Sequence[Tensor], num_layers: int, directions: int, has_bias: bool) -> None:
+def check_weight_count(
+    weights: Sequence[Tensor], num_layers: int, directions: int, has_bias: bool, layer_norm: bool = False
+) -> None:
     """Raise ValueError unless there are as many weights as the stack needs; its sizes are read off the first two."""
     if len(weights) < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
         shapes = [list(w.shape) for w in weights[:2]]
         raise ValueError(f"weights must begin with the matrices w_ih and w_hh, got shapes {shapes}")
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
-    count = 2 + 2 * has_bias + (out_size != hidden_size)
+    count = 2 + 2 * has_bias + (out_size != hidden_size) + LAYER_NORM_WEIGHTS * layer_norm
     if len(weights) != num_layers * directions * count:
         raise ValueError(
             f"weights must hold num_layers * directions * {count} = {num_layers} * {directions} * {count} = "
             f"{num_layers * directions * count} tensors (bias={has_bias}, hidden size {hidden_size}, "
-            f"output size {out_size}), got {len(weights)}"
+            f"output size {out_size}{', layer_norm=True' if layer_norm else ''}), got {len(weights)}"
         )
 
 
@@ -263,7 +272,13 @@ def _check_devices(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tenso
 
 
 def _check_weights(
-    x: Tensor, weights: Sequence[Tensor], width: int, hidden_size: int, out_size: int, has_bias: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    width: int,
+    hidden_size: int,
+    out_size: int,
+    has_bias: bool,
+    layer_norm: bool,
 ) -> None:
     """The parameters of one direction of one layer, which reads ``width`` features."""
     if not 1 <= out_size <= hidden_size:
@@ -273,6 +288,9 @@ def _check_weights(
         expected |= {"b_ih": (4 * hidden_size,), "b_hh": (4 * hidden_size,)}  # type: ignore[dict-item]
     if out_size != hidden_size:
         expected["w_hr"] = (out_size, hidden_size)
+    if layer_norm:
+        expected |= {"weight_ln_ih": (4 * hidden_size,), "weight_ln_hh": (4 * hidden_size,)}  # type: ignore[dict-item]
+        expected |= {"weight_ln_c": (hidden_size,), "bias_ln_c": (hidden_size,)}  # type: ignore[dict-item]
     for (name, shape), weight in zip(expected.items(), weights, strict=True):
         if weight.shape != shape:
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")

@@ -43,6 +43,7 @@ def lstm(
     zoneout: tuple[float, float] = (0.0, 0.0),
     return_cell_states: Literal[False] = False,
     recompute: bool = False,
+    layer_norm: bool = False,
 ) -> tuple[Tensor, State]: ...
 
 
@@ -67,6 +68,7 @@ def lstm(
     zoneout: tuple[float, float] = (0.0, 0.0),
     return_cell_states: Literal[True, "all"],
     recompute: bool = False,
+    layer_norm: bool = False,
 ) -> tuple[Tensor, State, Tensor]: ...
 
 
@@ -90,6 +92,7 @@ def lstm(
     zoneout: tuple[float, float] = (0.0, 0.0),
     return_cell_states: bool | Literal["all"] = False,
     recompute: bool = False,
+    layer_norm: bool = False,
 ) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
     """Run a stack of L = ``num_layers`` LSTM layers in D directions over a sequence.
 
@@ -137,6 +140,9 @@ def lstm(
         return_cell_states: whether to return c of each step: of the last layer, or with "all" of each layer.
         recompute: whether the backward pass computes the gates again instead of keeping them: it keeps about a third
             of the memory and takes one product more.
+        layer_norm: whether the gates' products and the cell state are normalised (Ba, Kiros and Hinton, "Layer
+            Normalization", 2016); each direction then has four weights more, at its end: weight_ln_ih and
+            weight_ln_hh ``[4H]``, weight_ln_c and bias_ln_c ``[H]``. On the CPU only.
 
     Returns:
         ``(output, (h_n, c_n))``: the output shaped like the input with D * Hout features, the final states
@@ -145,8 +151,8 @@ def lstm(
 
     Raises:
         ValueError: ``input`` is neither 2-D nor 3-D, or its dtype is not that of the weights, or the number
-            of weights does not fit ``num_layers``, ``bidirectional`` and ``bias``, or a probability is not in
-            [0, 1], or ``return_cell_states`` is neither a bool nor "all".
+            of weights does not fit ``num_layers``, ``bidirectional``, ``bias`` and ``layer_norm``, or a probability
+            is not in [0, 1], or ``return_cell_states`` is neither a bool nor "all".
         RuntimeError: a size, dtype or device does not fit, or T = 0.
         NotImplementedError: there is no kernel for the device of the input.
     """
@@ -168,7 +174,7 @@ def lstm(
             x = input.transpose(0, 1)
             reset_mask = reset_mask if reset_mask is None else reset_mask.transpose(0, 1)
     if hx is None:
-        h_0, c_0 = _zero_states(x, weights, batch_sizes, num_layers, bidirectional, bias)
+        h_0, c_0 = _zero_states(x, weights, batch_sizes, num_layers, bidirectional, bias, layer_norm)
     else:
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
@@ -184,15 +190,17 @@ def lstm(
     draw = bool(dropout) and training and num_layers > 1
     regularised = bool(weight_dropout or recurrent_dropout) or zoneout != (0.0, 0.0)
     extras = NO_EXTRAS
-    if regularised or reset_hx is not None or return_cell_states or recompute:
-        extras = _extras(num_layers, reset_mask, reset_hx, unbatched, return_cell_states, recompute)
+    if regularised or reset_hx is not None or return_cell_states or recompute or layer_norm:
+        extras = _extras(num_layers, reset_mask, reset_hx, unbatched, return_cell_states, recompute, layer_norm)
         checks.check_regularisers(weight_dropout, recurrent_dropout, zoneout)
     if draw or (regularised and training) or torch.compiler.is_compiling():
         # Before the draw: a call that fails leaves the generator as it was.
         _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, None, *structure, extras)
     mask = _draw_dropout_mask(x, dropout, num_layers - 1, (1 + bidirectional) * h_0.size(-1)) if draw else None
     if regularised:
-        weights = _drop_weights(weights, weight_dropout, h_0.size(-1) != c_0.size(-1), bias) if training else weights
+        if training:
+            per_direction = len(weights) // (num_layers * (1 + bidirectional))
+            weights = _drop_weights(weights, weight_dropout, per_direction)
         extras = _regularisers(extras, x, h_0, c_0, recurrent_dropout, zoneout, training)
 
     arguments = (x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, mask, *structure, extras)
@@ -282,9 +290,10 @@ def _zero_states(
     num_layers: int,
     bidirectional: bool,
     bias: bool,
+    layer_norm: bool = False,
 ) -> State:
     directions = 2 if bidirectional else 1
-    checks.check_weight_count(weights, num_layers, directions, bias)
+    checks.check_weight_count(weights, num_layers, directions, bias, layer_norm)
     states, batch = num_layers * directions, x.size(1)
     if batch_sizes is not None:
         batch = int(batch_sizes[0]) if batch_sizes.size(0) else 0
@@ -312,6 +321,7 @@ def _extras(
     unbatched: bool,
     return_cell_states: bool | str,
     recompute: bool,
+    layer_norm: bool,
 ) -> Extras:
     """Those of the operator that are no regularisers."""
     if return_cell_states not in (True, False, "all"):
@@ -324,13 +334,12 @@ def _extras(
             raise RuntimeError("reset_hx must come with a reset_mask, which says where these states are set")
         reset_h, reset_c = (state.unsqueeze(1) for state in reset_hx) if unbatched else reset_hx
     cell_layers = num_layers if return_cell_states == "all" else int(return_cell_states)
-    return Extras(reset_h=reset_h, reset_c=reset_c, cell_layers=cell_layers, recompute=recompute)
+    return Extras(reset_h=reset_h, reset_c=reset_c, cell_layers=cell_layers, recompute=recompute, layer_norm=layer_norm)
 
 
-def _drop_weights(weights: Sequence[Tensor], p: float, projected: bool, bias: bool) -> list[Tensor]:
+def _drop_weights(weights: Sequence[Tensor], p: float, per_direction: int) -> list[Tensor]:
     """The weights, each w_hh with elements dropped."""
-    count = 2 + 2 * bias + projected
-    return [_drop(w, p) if p and i % count == 1 else w for i, w in enumerate(weights)]
+    return [_drop(w, p) if p and i % per_direction == 1 else w for i, w in enumerate(weights)]
 
 
 def _drop(tensor: Tensor, p: float) -> Tensor:
@@ -380,7 +389,7 @@ def _check(input: Tensor, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0
     if input.dim() == 3:  # the states of unbatched input have been checked, and have a dimension more than they had
         _check_state_rank(input, h_0, c_0)
     *plain, extras = options
-    checks.check_lstm(x, weights, h_0, c_0, *plain)
+    checks.check_lstm(x, weights, h_0, c_0, *plain, layer_norm=extras.layer_norm)
     if extras is not NO_EXTRAS:
         _, _, reset_mask, _, num_layers, *_ = plain
         checks.check_extras(x, h_0, c_0, reset_mask, num_layers, **extras._asdict())

@@ -8,6 +8,7 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -19,6 +20,8 @@ from fastlstm import checks, functional
 from fastlstm.functional import State
 
 _Module = TypeVar("_Module", bound=nn.RNNBase | nn.RNNCellBase)
+
+_LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # in the order of the operator
 
 
 class FastLSTM(nn.RNNBase):
@@ -52,21 +55,27 @@ class FastLSTM(nn.RNNBase):
             sequence.
         zoneout: probabilities (z_h, z_c) of an element of h and of c to keep its value in a training step.
         recompute: whether the backward pass computes the gates again instead of keeping them.
+        layer_norm: whether the gates' products and the cell state are normalised, with the parameters below. On the
+            CPU only.
 
-    For the last four see :func:`fastlstm.lstm`; like ``dropout`` they may be changed after construction.
+    For the last five see :func:`fastlstm.lstm`; all of them but ``layer_norm`` may be changed after construction, like
+    ``dropout``.
 
     Attributes:
         weight_ih_l{k}: ``[4H, I]``, for k > 0 ``[4H, D * Hout]``; gates in the order i, f, g, o.
         weight_hh_l{k}: ``[4H, Hout]``.
         bias_ih_l{k}, bias_hh_l{k}: ``[4H]``, with ``bias``.
         weight_hr_l{k}: ``[P, H]``, with ``proj_size``.
+        weight_ln_ih_l{k}, weight_ln_hh_l{k}: ``[4H]``, with ``layer_norm``: gains of the normalised products.
+        weight_ln_c_l{k}, bias_ln_c_l{k}: ``[H]``, with ``layer_norm``: of the normalised cell state.
         ..._reverse: the same for the second direction.
 
-    All of them are drawn from U(-1 / sqrt(H), 1 / sqrt(H)).
+    All of them are drawn from U(-1 / sqrt(H), 1 / sqrt(H)), but for those of ``layer_norm``, which are one and, for
+    bias_ln_c, zero: the same seed gives the others the same values as without them.
 
     Raises:
-        TypeError: ``input_size`` or ``hidden_size`` is not an int, or ``bias`` or ``batch_first`` is not a
-            bool.
+        TypeError: ``input_size`` or ``hidden_size`` is not an int, or ``bias``, ``batch_first`` or ``layer_norm`` is
+            not a bool.
         ValueError: a size is not positive, a probability is not in [0, 1] or ``proj_size`` is not in [0, H).
     """
 
@@ -75,6 +84,7 @@ class FastLSTM(nn.RNNBase):
     recurrent_dropout: float = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
     recompute: bool = False
+    layer_norm: bool = False
 
     def __init__(
         self,
@@ -93,7 +103,10 @@ class FastLSTM(nn.RNNBase):
         recurrent_dropout: float = 0.0,
         zoneout: tuple[float, float] = (0.0, 0.0),
         recompute: bool = False,
+        layer_norm: bool = False,
     ) -> None:
+        if not isinstance(layer_norm, bool):
+            raise TypeError(f"layer_norm should be of type bool, got: {type(layer_norm).__name__}")
         checks.check_regularisers(weight_dropout, recurrent_dropout, zoneout)
         super().__init__(
             "LSTM",
@@ -112,6 +125,35 @@ class FastLSTM(nn.RNNBase):
         self.recurrent_dropout = recurrent_dropout
         self.zoneout = zoneout
         self.recompute = recompute
+        self.layer_norm = layer_norm
+        if layer_norm:
+            self._add_layer_norm()
+
+    def _add_layer_norm(self) -> None:
+        """Register the parameters of layer normalisation, behind the others of their direction."""
+        for names in self._all_weights:
+            for name in names:
+                self._parameters[name] = self._parameters.pop(name)
+            suffix = names[0].removeprefix("weight_ih")
+            names += [name + suffix for name in _LAYER_NORM]
+            for name in _LAYER_NORM:
+                size = self.hidden_size if name.endswith("_c") else 4 * self.hidden_size
+                fill = torch.zeros if name.startswith("bias") else torch.ones
+                like = self._parameters[names[0]]
+                values = fill(size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
+                self.register_parameter(name + suffix, nn.Parameter(values))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, in nn.LSTM's order; those of ``layer_norm`` become one and zero."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, weight in self.named_parameters():
+            if not name.startswith(_LAYER_NORM):
+                nn.init.uniform_(weight, -bound, bound)
+            elif name.startswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.ones_(weight)
 
     @overload
     def forward(
@@ -224,6 +266,7 @@ class FastLSTM(nn.RNNBase):
             recurrent_dropout=self.recurrent_dropout,
             zoneout=self.zoneout,
             recompute=self.recompute,
+            layer_norm=self.layer_norm,
             **arguments,
         )
 
@@ -265,7 +308,7 @@ class FastLSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults, nn.LSTM's before ours."""
-        ours = ("weight_dropout", "recurrent_dropout", "zoneout", "recompute")
+        ours = ("weight_dropout", "recurrent_dropout", "zoneout", "recompute", "layer_norm")
         given = [f"{name}={getattr(self, name)}" for name in ours if getattr(self, name) != getattr(FastLSTM, name)]
         return ", ".join([super().extra_repr(), *given])
 
@@ -296,8 +339,10 @@ class FastLSTM(nn.RNNBase):
 
         Raises:
             TypeError: this is a subclass of FastLSTM or has weights that are not Parameters.
-            ValueError: it has a regulariser that nn.LSTM does not have.
+            ValueError: it has a regulariser or layer normalisation, which nn.LSTM does not have.
         """
+        if self.layer_norm:
+            raise ValueError("nn.LSTM has no layer_norm, which this module has")
         for name, none in (("weight_dropout", 0), ("recurrent_dropout", 0), ("zoneout", (0, 0))):
             if getattr(self, name) != none:
                 raise ValueError(f"nn.LSTM has no {name}; set it to {none} first, it is {getattr(self, name)}")

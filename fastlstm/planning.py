@@ -114,11 +114,13 @@ def plan(
     training: bool = False,
     step_extras: bool = False,
     device: torch.device | str | None = None,
+    layer_norm: bool = False,
 ) -> Plan | CudaPlan:
     """The plan for T time steps of B rows: on the CPU with torch's current number of threads, or on a GPU.
 
     Args:
-        module: a FastLSTM (or nn.LSTM) to take I, H, P, L, D and dtype from; without one, I and H must be given.
+        module: a FastLSTM (or nn.LSTM) to take I, H, P, L, D, dtype and layer_norm from; without one, I and H must be
+            given.
         T: time steps.
         B: batch size.
         I: input size.
@@ -132,17 +134,20 @@ def plan(
             ``return_cell_states``. A module's zoneout counts by itself, and its recurrent dropout in training mode.
         device: a device of this machine, or the name of a GPU model in :data:`fastlstm.planning.GPUS`, which need not
             be there. That of the module's parameters if None, or the CPU without a module.
+        layer_norm: whether the gates are normalised.
 
     Raises:
         ValueError: the module is no LSTM, a size is not positive or missing, the dtype or the device is another, or a
             forced plan cannot run the problem.
         RuntimeError: there is no such GPU, or this build has no kernels for it.
+        NotImplementedError: layer_norm on a GPU.
     """
     if module is not None:
         if module.mode != "LSTM":
             raise ValueError(f"module must be an LSTM, got {type(module).__name__} in mode {module.mode}")
         I, H, P, L = module.input_size, module.hidden_size, module.proj_size, module.num_layers  # noqa: E741
         D = 2 if module.bidirectional else 1
+        layer_norm = getattr(module, "layer_norm", False)
         parameter = next(module.parameters())
         dtype = parameter.dtype
         dropped = module.training and getattr(module, "recurrent_dropout", 0) > 0
@@ -160,6 +165,8 @@ def plan(
     if D not in (1, 2):
         raise ValueError(f"D must be 1 or 2, got {D}")
     if device in GPUS or (device is not None and torch.device(device).type == "cuda"):
+        if layer_norm:
+            raise NotImplementedError("layer_norm has no CUDA kernels yet")
         sizes = {"T": T, "B": B, "I": I, "H": H, "P": P, "layers": L, "directions": D}
         return _cuda_plan(device, dtype or torch.float32, training, step_extras, **sizes)
     if device is not None and torch.device(device).type != "cpu":
@@ -178,6 +185,7 @@ def plan(
         bf16_allowed=dtype == torch.bfloat16
         or (dtype in (None, torch.float32) and _ops.reduced_products_permitted("cpu")),
         threads=torch.get_num_threads(),
+        layer_norm=layer_norm,
     )
     forward, backward = found["forward"], found["backward"]
     return Plan(

@@ -8,7 +8,9 @@ F. Gers, J. Schmidhuber and F. Cummins, "Learning to Forget", Neural Computation
 gate); H. Sak, A. Senior and F. Beaufays, "Long Short-Term Memory Recurrent Neural Network Architectures for
 Large Scale Acoustic Modeling", Interspeech 2014 (the projected output, LSTMP); Y. Gal and Z. Ghahramani, "A
 Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NIPS 2016 (recurrent dropout);
-D. Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations", ICLR 2017.
+D. Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations", ICLR 2017;
+J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", arXiv:1607.06450, 2016 (layer normalisation,
+equations 20 to 22 of the supplement).
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm as normalize
 from torch.nn.functional import linear
+
+#: The parameters of layer normalisation of one direction of one layer: weight_ln_ih and _hh, weight_ln_c, bias_ln_c.
+LAYER_NORM_WEIGHTS = 4
 
 
 def lstm_cell(
@@ -29,6 +35,7 @@ def lstm_cell(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     weight_hr: Tensor | None = None,
+    layer_norm: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """One step of one layer in one direction, in the dtype of its arguments.
 
@@ -41,6 +48,13 @@ def lstm_cell(
         c' = f * c + i * g
         h' = o * tanh(c')                               and with a projection  h' = W_hr (o * tanh(c'))
 
+    With ``layer_norm``, where ``norm(v) = (v - mean(v)) / sqrt(variance(v) + 1e-5)`` over all elements of a row, those
+    of the four gates together::
+
+        W x of all gates    becomes  weight_ln_ih * norm(W_ih x)
+        W h of all gates    becomes  weight_ln_hh * norm(W_hh h)
+        tanh(c')            becomes  tanh(weight_ln_c * norm(c') + bias_ln_c)
+
     Args:
         x: input ``[B, I]``.
         h: hidden state ``[B, H]``, with a projection ``[B, P]``.
@@ -50,13 +64,20 @@ def lstm_cell(
         bias_ih: ``[4H]`` or None.
         bias_hh: ``[4H]`` or None.
         weight_hr: projection ``[P, H]`` or None.
+        layer_norm: weight_ln_ih ``[4H]``, weight_ln_hh ``[4H]``, weight_ln_c ``[H]`` and bias_ln_c ``[H]``, or none.
 
     Returns:
         The next states ``(h', c')``, shaped like ``(h, c)``.
     """
-    i, f, g, o = (linear(x, weight_ih, bias_ih) + linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+    if not layer_norm:
+        gates = linear(x, weight_ih, bias_ih) + linear(h, weight_hh, bias_hh)
+    else:
+        gain_ih, gain_hh, gain_c, bias_c = layer_norm
+        gates = normalize(linear(x, weight_ih), gain_ih.shape, gain_ih, bias_ih)
+        gates = gates + normalize(linear(h, weight_hh), gain_hh.shape, gain_hh, bias_hh)
+    i, f, g, o = gates.chunk(4, dim=1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    h = o.sigmoid() * c.tanh()
+    h = o.sigmoid() * (normalize(c, gain_c.shape, gain_c, bias_c) if layer_norm else c).tanh()
     return (h if weight_hr is None else linear(h, weight_hr)), c
 
 
@@ -77,6 +98,7 @@ def lstm(
     zoneout_h: Tensor | float = 0.0,
     zoneout_c: Tensor | float = 0.0,
     cell_layers: int = 0,
+    layer_norm: bool = False,
 ) -> tuple[Tensor, ...]:
     """A whole stack of L layers in D directions; ``Hout`` is P with a projection and H without.
 
@@ -84,8 +106,8 @@ def lstm(
 
     Args:
         x: input ``[T, B, I]`` with T > 0, or with ``batch_sizes`` the packed rows ``[N, I]``.
-        weights: per layer, then per direction: w_ih, w_hh, [b_ih, b_hh], [w_hr]; shapes as in
-            :func:`lstm_cell`, where the input of the layers above the first has D * Hout features.
+        weights: per layer, then per direction: w_ih, w_hh, [b_ih, b_hh], [w_hr], [the four of ``layer_norm``];
+            shapes as in :func:`lstm_cell`, where the input of the layers above the first has D * Hout features.
         h_0: initial hidden states ``[L * D, B, Hout]``. The stack has projections where Hout is not H.
         c_0: initial cell states ``[L * D, B, H]``.
         batch_sizes: int64 ``[T]`` on the CPU, non-increasing: the sequences that are still running at each
@@ -107,6 +129,7 @@ def lstm(
             2017): bool ``[L * D, T, B, Hout]`` (packed: ``[L * D, N, Hout]``), or one number for all.
         zoneout_c: the same of c', ``[L * D, T, B, H]``; h' comes from c', not from what zoneout makes of it.
         cell_layers: the number of layers, the highest of the stack, whose cell states are returned.
+        layer_norm: whether each cell has layer normalisation.
 
     Returns:
         ``(y, h_n, c_n)``: y shaped like x with D * Hout features, the final states shaped like ``h_0`` and
@@ -115,7 +138,8 @@ def lstm(
     """
     directions = 2 if bidirectional else 1
     projected = h_0.size(-1) != c_0.size(-1)
-    count = 2 + 2 * has_bias + projected
+    plain = 2 + 2 * has_bias + projected
+    count = plain + LAYER_NORM_WEIGHTS * layer_norm
     sizes = [x.size(1)] * x.size(0) if batch_sizes is None else batch_sizes.tolist()
     masks = None if reset_mask is None else torch.split(reset_mask.flatten(), sizes)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -129,7 +153,7 @@ def lstm(
         outputs = []
         for k in range(layer * directions, (layer + 1) * directions):
             w = [weight.to(dtype) for weight in weights[k * count : (k + 1) * count]]
-            w_ih, w_hh, w_hr = w[0], w[1], w[-1] if projected else None
+            w_ih, w_hh, w_hr = w[0], w[1], w[plain - 1] if projected else None
             b_ih, b_hh = w[2:4] if has_bias else (None, None)
             h, c = h_0[k].to(dtype), c_0[k].to(dtype)
             reset = None if reset_states is None else [state[k].to(dtype) for state in reset_states]
@@ -143,7 +167,7 @@ def lstm(
                     marks = masks[entered] if lengths is None else masks[entered] & (lengths > entered)
                     h_t, c_t = (_reset(s, marks, r) for s, r in zip((h_t, c_t), reset or (None, None), strict=True))
                 read = h_t if recurrent_mask is None else h_t * recurrent_mask[k][: sizes[t]].to(dtype)
-                h_1, c_1 = lstm_cell(steps[t], read, c_t, w_ih, w_hh, b_ih, b_hh, w_hr)
+                h_1, c_1 = lstm_cell(steps[t], read, c_t, w_ih, w_hh, b_ih, b_hh, w_hr, w[plain:])
                 h_1, c_1 = _zoned(kept_h[t], h_t, h_1), _zoned(kept_c[t], c_t, c_1)
                 y[t], cells[t] = h_1, c_1
                 if lengths is not None:

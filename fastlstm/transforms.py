@@ -27,7 +27,7 @@ from fastlstm._operators import Extras, Options, reference_of_options
 
 Tensors = tuple[Tensor | None, ...]
 
-_OUTPUTS, _SAVED = 3, 3  # y, h_n, c_n; gates, cells, layer_outputs
+_OUTPUTS = 3  # y, h_n, c_n
 
 
 class _Structure(NamedTuple):
@@ -40,7 +40,13 @@ class _Structure(NamedTuple):
     zoneout_rate_h: float
     zoneout_rate_c: float
     cell_layers: int
+    layer_norm: bool
     single_step: bool
+
+    @property
+    def saved(self) -> int:
+        """How many tensors the operator saves."""
+        return 6 if self.layer_norm else 3
 
 
 class _Inputs(NamedTuple):
@@ -95,7 +101,7 @@ def lstm(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options
     """``fastlstm::lstm`` of rows that are not packed: y, h_n, c_n and the cell states that are asked for."""
     structure, inputs = _split(x, h_0, c_0, options)
     outputs = _Lstm.apply(structure, *inputs, *weights)  # type: ignore[no-untyped-call]
-    return tuple(outputs[:-_SAVED])
+    return tuple(outputs[: -structure.saved])
 
 
 def lstm_backward(
@@ -130,6 +136,7 @@ def _split(x: Tensor, h_0: Tensor, c_0: Tensor, options: Options) -> tuple[_Stru
         extras.zoneout_rate_h,
         extras.zoneout_rate_c,
         extras.cell_layers,
+        extras.layer_norm,
         single_step=options.batch_sizes is None and h_0.dim() == 2,
     )
     inputs = _Inputs(
@@ -159,6 +166,7 @@ def _join(structure: _Structure, inputs: _Inputs) -> Options:
         structure.zoneout_rate_h,
         structure.zoneout_rate_c,
         structure.cell_layers,
+        layer_norm=structure.layer_norm,
     )
     return Options(inputs.batch_sizes, inputs.lengths, inputs.reset_mask, inputs.dropout_mask, *structure[:4], extras)
 
@@ -200,7 +208,7 @@ class _Lstm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         structure, *tensors = inputs
         y, *_ = output
-        saved = output[-_SAVED:]
+        saved = output[-structure.saved :]
         ctx.structure = structure
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -209,13 +217,14 @@ class _Lstm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, y, gates, cells, layer_outputs = ctx.saved_tensors
+        count = ctx.structure.saved
+        tensors = ctx.saved_tensors[: -1 - count]
         needed = ctx.needs_input_grad[1:]
         flags = [needed[i] for i in (*range(_VARIABLES), *range(_INPUTS, len(tensors)))]
-        d_y, d_h_n, d_c_n, *others = d_outputs[:-_SAVED]
+        d_y, d_h_n, d_c_n, *others = d_outputs[:-count]
         d_cells = others[0] if others else None
         gradients = _LstmBackward.apply(  # type: ignore[no-untyped-call]
-            ctx.structure, flags, 1, d_y, d_h_n, d_c_n, d_cells, *tensors, y, gates, cells, layer_outputs
+            ctx.structure, flags, 1, d_y, d_h_n, d_c_n, d_cells, *ctx.saved_tensors
         )
         wanted = [g if f else None for g, f in zip(gradients, flags, strict=True)]
         return None, *wanted[:_VARIABLES], *(None,) * (_INPUTS - _VARIABLES), *wanted[_VARIABLES:]
@@ -229,13 +238,13 @@ class _Lstm(torch.autograd.Function):
             tuple(tensors[i] for i in places),
             tuple(tangents[i] for i in places),
         )[1]
-        return *d_outputs, *(None,) * _SAVED
+        return *d_outputs, *(None,) * ctx.structure.saved
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], structure: _Structure, *tensors: Any) -> tuple[Any, Any]:
         dims = in_dims[1:]
         batch = _batch_dims(structure)
-        out_dims = (*batch.outputs[: _OUTPUTS + bool(structure.cell_layers)], *(batch.saved,) * _SAVED)
+        out_dims = (*batch.outputs[: _OUTPUTS + bool(structure.cell_layers)], *(batch.saved,) * structure.saved)
         function = functools.partial(_Lstm.apply, structure)
         if any(dim is not None for dim in dims[_INPUTS:]):
             return _in_turn(function, info.batch_size, tensors, dims), (0,) * len(out_dims)
@@ -255,14 +264,15 @@ class _LstmBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(structure: _Structure, flags: Sequence[int], groups: int, *tensors: Any) -> tuple[Tensor, ...]:
-        d_y, d_h_n, d_c_n, d_cells, *others, y, gates, cells, layer_outputs = tensors
+        d_y, d_h_n, d_c_n, d_cells, *others = tensors[: -1 - structure.saved]
+        y, *saved = tensors[-1 - structure.saved :]
         inputs, weights = _Inputs(*others[:_INPUTS]), others[_INPUTS:]
         options = _join(structure, inputs)
         needs = [int(flags[0]), int(flags[1] or flags[2]), *map(int, flags[_VARIABLES:])]
         has_resets = inputs.reset_h is not None
         if has_resets:
             needs.append(int(flags[3] or flags[4]))
-        saved = [s.flatten(1, 2) if s.dim() == 4 else s for s in (gates, cells, layer_outputs)]
+        saved = [s.flatten(1, 2) if s.dim() == 4 else s for s in saved]
         d_x, d_h_0, d_c_0, d_weights, d_resets = _operators.lstm_backward(
             d_y, d_h_n, d_c_n, inputs.x, weights, inputs.h_0, inputs.c_0, y, saved,
             *options.of_backward(needs, d_cells, groups),
@@ -291,7 +301,7 @@ class _LstmBackward(torch.autograd.Function):
     @staticmethod
     def _differentiable(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[int]]:
         """The gradients as a function of those of the outputs, the variables and the weights; these; their places."""
-        tensors = ctx.saved_tensors[: -1 - _SAVED]
+        tensors = ctx.saved_tensors[: -1 - ctx.structure.saved]
         variables = (*range(4 + _VARIABLES), *range(4 + _INPUTS, len(tensors)))
         places = [i for i in variables if tensors[i] is not None]
         batch = _batch_dims(ctx.structure)
@@ -318,13 +328,14 @@ class _LstmBackward(torch.autograd.Function):
     ) -> tuple[Any, Any]:
         size, dims = info.batch_size, in_dims[3:]
         batch = _batch_dims(structure)
-        weights = slice(4 + _INPUTS, len(tensors) - 1 - _SAVED)
+        weights = slice(4 + _INPUTS, len(tensors) - 1 - structure.saved)
         if any(dim is not None for dim in dims[weights]) or all(dim is None for dim in dims[4 : weights.start]):
             function = functools.partial(_LstmBackward.apply, structure, flags, groups)
             return _in_turn(function, size, tensors, dims), (0,) * len(flags)
         no_dims = (None,) * len(tensors[weights])
+        of_saved = (batch.saved,) * structure.saved
         together = _together(
-            size, tensors, dims, (*batch.outputs, *batch.inputs, *no_dims, batch.outputs[0], *(batch.saved,) * _SAVED)
+            size, tensors, dims, (*batch.outputs, *batch.inputs, *no_dims, batch.outputs[0], *of_saved)
         )
         gradients = _LstmBackward.apply(structure, flags, size * groups, *together)  # type: ignore[no-untyped-call]
         results: list[Tensor] = []

@@ -248,9 +248,12 @@ void fill_inputs(StackInputs<T>& stack, const DriverArguments& a, const Call& ca
   stack.weights.reserve(p.layers * p.directions);
   for (size_t i = 0; i < call.weights.size(); i += a.per_direction) {
     const Tensor* w = call.weights.data() + i;
-    Weights<const T> pointers = {inputs.plain(w[0]), inputs.plain(w[1]), nullptr, nullptr, nullptr};
+    Weights<const T> pointers = {};
+    pointers.w_ih = inputs.plain(w[0]), pointers.w_hh = inputs.plain(w[1]);
     if (call.has_bias) pointers.b_ih = inputs.plain(w[2]), pointers.b_hh = inputs.plain(w[3]);
-    if (p.P > 0) pointers.w_hr = inputs.plain(w[a.per_direction - 1]);
+    w += a.plain_weights();
+    if (p.P > 0) pointers.w_hr = inputs.plain(w[-1]);
+    if (p.layer_norm) pointers.norm = {inputs.plain(w[0]), inputs.plain(w[1]), inputs.plain(w[2]), inputs.plain(w[3])};
     stack.weights.push_back(pointers);
   }
 }
@@ -282,10 +285,15 @@ ForwardResult forward(const DriverArguments& a, const Call& call, const Wanted& 
     std::fill(data<T>(t) + blocks * p.N * features, data<T>(t) + t.numel(), T(0));
     return t;
   };
+  // What lstm_backward can compute again.
+  const auto save_gates = [&](int64_t blocks, int64_t features) {
+    return wanted.recompute ? empty({blocks, 0, features}, a.compute_type) : save(blocks, features);
+  };
   std::vector<Tensor> saved;
-  if (p.training)
-    saved = {wanted.recompute ? empty({states, 0, kGates * p.H}, a.compute_type) : save(states, kGates * p.H),
-             save(states, p.H), save(p.layers - 1, width)};
+  if (p.training) saved = {save_gates(states, kGates * p.H), save(states, p.H), save(p.layers - 1, width)};
+  if (p.training && p.layer_norm)
+    saved.insert(saved.end(),
+                 {save_gates(states, kGates * p.H), save_gates(states, kGates * p.H), save_gates(2 * states, 1)});
   std::vector<Tensor> cell_states;
   const int64_t returned = wanted.cell_layers * p.directions;
   if (returned > 0) cell_states = {empty(a.rows_of(returned, p.H), a.compute_type)};
@@ -304,6 +312,12 @@ ForwardResult forward(const DriverArguments& a, const Call& call, const Wanted& 
     stack.gates = p.training && !wanted.recompute ? data<T>(saved[0]) : nullptr;
     stack.cells = p.training ? data<T>(saved[1]) : nullptr;
     stack.layer_outputs = p.training ? data<T>(saved[2]) : nullptr;
+    if (stack.gates && p.layer_norm) {
+      stack.norm_ih = data<T>(saved[3]);
+      stack.norm_hh = data<T>(saved[4]);
+      stack.rstd_ih = data<T>(saved[5]);
+      stack.rstd_hh = stack.rstd_ih + states * p.N;
+    }
     run(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
     outputs.finish();
   }
@@ -361,6 +375,12 @@ BackwardResult backward(const DriverArguments& a, const Call& call, const Backwa
     stack.gates = b.saved[0].numel() > 0 ? data<T>(b.saved[0]) : nullptr;
     stack.cells = data<T>(b.saved[1]);
     stack.layer_outputs = data<T>(b.saved[2]);
+    if (stack.gates && p.layer_norm) {
+      stack.norm_ih = data<T>(b.saved[3]);
+      stack.norm_hh = data<T>(b.saved[4]);
+      stack.rstd_ih = data<T>(b.saved[5]);
+      stack.rstd_hh = stack.rstd_ih + p.layers * p.directions * p.N;
+    }
     stack.d_y = b.d_y ? inputs.rows(*b.d_y, 1, p.directions * out) : nullptr;
     stack.d_x = d_x_data;
     stack.d_h = outputs.states(d_h, out, true);
@@ -380,9 +400,12 @@ BackwardResult backward(const DriverArguments& a, const Call& call, const Backwa
       stack.group_of.push_back((a.packing ? a.packing->sequences[i] : i) / (a.batch() / b.groups));
     for (size_t i = 0; i < d_weights.size(); i += a.per_direction) {
       const Tensor* w = d_weights.data() + i;
-      Weights<T> pointers = {data<T>(w[0]), data<T>(w[1]), nullptr, nullptr, nullptr};
+      Weights<T> pointers = {};
+      pointers.w_ih = data<T>(w[0]), pointers.w_hh = data<T>(w[1]);
       if (call.has_bias) pointers.b_ih = data<T>(w[2]), pointers.b_hh = data<T>(w[3]);
-      if (p.P > 0) pointers.w_hr = data<T>(w[a.per_direction - 1]);
+      w += a.plain_weights();
+      if (p.P > 0) pointers.w_hr = data<T>(w[-1]);
+      if (p.layer_norm) pointers.norm = {data<T>(w[0]), data<T>(w[1]), data<T>(w[2]), data<T>(w[3])};
       stack.d_weights.push_back(pointers);
     }
     run(stack, plan_backward(p, this_machine(thread_count()), forced().plan));

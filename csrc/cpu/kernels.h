@@ -63,6 +63,15 @@ struct Zoneout {
   bool active() const { return mask || rate != T(0); }
 };
 
+// The parameters of the layer normalisation of one direction (or their gradients, with mutable T). Null without.
+template <class T>
+struct LayerNorm {
+  T *gain_ih, *gain_hh;  // [4H]
+  T *gain_c, *bias_c;    // [H]
+
+  bool active() const { return gain_ih; }
+};
+
 // Rows that steps hand on to the next step: those of adjacent steps, or of two steps in turn.
 template <class A>
 struct StepRows {
@@ -90,6 +99,7 @@ struct ForwardTask {
   const T* w_ih;    // [4H, I] as stored
   const T* w_hh;    // [4H, P] as stored
   const A* packed;  // gate panels of W_hh, where gates_x is null behind those of W_ih; only in the packed family
+                    // (with normalised gates: column panels of W_hh^T, K = P)
   const A* packed_hr;  // column panels of W_hr^T, K = H; null without projection
   const T* bias;       // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
   const A* h_0;        // [B, terms(P)], as the first step multiplies it
@@ -108,6 +118,12 @@ struct ForwardTask {
   int64_t kept_h_stride;                   // with this stride, 0 for one row of zeros
   T* gates;                                // [N, 4H], activations saved for backward; null where nobody wants them
   T* cells;                                // [N, H], c_t, likewise
+
+  // With normalised gates, gates_x holds normalised products.
+  LayerNorm<const T> norm;
+  StepRows<T> products_hh;  // h_{t-1} W_hh^T [., 4H], which are normalised in place
+  T* rstd_hh;               // [N], what they are multiplied by, saved for backward; or null
+  T* new_states;            // [B, 2, H], o and c_t of the current step
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }
   bool restarts_at(int64_t t) const { return restarts && restarts->steps[t]; }
@@ -145,8 +161,15 @@ struct BackwardTask {
   T* d_projected;            // [rows of the chunk, P], whole gradient of h_t; null without projection
   T* hidden;   // [rows of the chunk, H], o * tanh(c) rebuilt for the gradient of W_hr; null without projection
   T* d_gates;  // [rows of the chunk, 4H], out
-  // d_gates and d_projected as they are multiplied: themselves in full precision.
+  // d_gates (with normalised gates: d_products_hh) and d_projected as they are multiplied: themselves in full
+  // precision.
   StepRows<A> d_gates_terms, d_projected_terms;
+
+  LayerNorm<const T> norm;
+  const T *norm_ih, *norm_hh;  // [., 4H], normalised products; their first row is that of gates
+  const T *rstd_ih, *rstd_hh;  // [.], what they have been multiplied by for that
+  T* d_products_hh;            // [rows of the chunk, 4H], gradient of h_{t-1} W_hh^T, out
+  T *norm_c, *d_norm_c;        // [rows of the chunk, H], normalised c_t and the gradient of gain_c norm_c + bias_c, out
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }  // the step that made h_{t-1}
   int64_t next(int64_t t) const { return reverse ? t - 1 : t + 1; }
@@ -206,6 +229,11 @@ struct Kernels {
   // Step t, forward: gates, c_t and h_t (into y, or into `hidden` with projection) of the given rows and unit blocks.
   void (*forward_cells)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
                         A* workspace);
+  // With normalised gates in two parts, all columns of a row of the first before the second. products_hh of the given
+  // rows and column panels of 4H; and gates, c_t and h_t as above.
+  void (*forward_recurrent)(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range panels,
+                            A* buffer);
+  void (*forward_normalized)(const ForwardTask<T, A>& task, int64_t t, Range rows);
   // Step t, forward: y = hidden W_hr^T, after all unit blocks of these rows are done; and what makes h_t of that, for
   // who has multiplied already.
   void (*forward_project)(const ForwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
@@ -221,15 +249,31 @@ struct Kernels {
   void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
   // d_gates[t] and d_c from d_h + d_y[t] (d_hidden with projection). Panels are columns of H.
   void (*backward_cells)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
+  // The same with normalised gates, whose rows cannot be divided; also d_products_hh, norm_c and d_norm_c.
+  void (*backward_normalized)(const BackwardTask<T, A>& task, int64_t t, Range rows);
 
-  // gates = activations of (gates + bias), which is packed.
+  // gates = activations of (gates + bias), which is packed; or of normalised products of the same rows.
   void (*activate_gates)(const T* bias, int64_t H, Range rows, T* gates);
+  void (*activate_normalized)(const T* bias, const LayerNorm<const T>& norm, const T* norm_ih, const T* norm_hh,
+                              int64_t H, Range rows, T* gates);
+
+  // Rows of n elements become (row - mean) * rstd, rstd = 1 / sqrt(variance + 1e-5). `rstd` may be null.
+  void (*normalize_rows)(T* data, int64_t n, Range rows, T* rstd);
+  // d, the gradient of gain * norm, becomes that of the rows from which `norm` was made, which have been multiplied by
+  // rstd.
+  void (*denormalize_gradients)(const T* norm, const T* rstd, const T* gain, int64_t n, Range rows, T* d);
+  // sums[c] (+)= sum of left[k][c] * right[k][c] over K rows, for the given columns; of left[k][c] if `right` is null.
+  void (*add_column_sums)(const T* const* left, const T* const* right, int64_t K, Range columns, T* sums,
+                          bool accumulate);
 
   // Bulk products over the rows of all steps.
   // out[rows] (+)= a[rows] * packed matrix, for the columns of the given panels.
   void (*multiply_rows)(const A* a, int64_t a_stride, Range rows, const A* packed, int64_t depth, int64_t columns,
                         Range panels, T* out, int64_t out_stride, bool accumulate, A* buffer);
-  // The same for few rows and w [K, w_columns] as stored.
+  // out = a w^T for few rows and the given rows of w [., K] as stored.
+  void (*multiply_dots)(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, Range columns, T* out,
+                        int64_t out_stride);
+  // out (+)= a w for few rows and w [K, w_columns] as stored.
   void (*multiply_stored)(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, int64_t w_columns,
                           Range columns, T* out, int64_t out_stride, bool accumulate);
   // Rows `columns` of the gradients (+)= sum of left[k]^T right[k] over K rows of [., left_stride], and of `sums` (may

@@ -602,6 +602,43 @@ void dot_rows(const ForwardTask<T, T>& task, const T* h, int64_t h_stride, const
   }
 }
 
+// out[r][c] = a[r] . w[c] for kRows rows and the given columns.
+template <class T, int kRows>
+void multiply_dot_rows(const T* a, int64_t a_stride, const T* w, int64_t K, Range columns, T* out, int64_t out_stride) {
+  constexpr int kColumns = 4, kGroups = kRows == 1 ? 2 : 1;  // eight chains at least, to hide the FMA latency
+  for (int64_t first = columns.begin; first < columns.end; first += kGroups * kColumns) {
+    const T* at[kGroups][kColumns];
+    for (int g = 0; g < kGroups; ++g)
+      for (int c = 0; c < kColumns; ++c) at[g][c] = w + std::min(first + g * kColumns + c, columns.end - 1) * K;
+    DotTile<T, kRows, kGroups, kColumns> dots;
+    dots.add(a, a_stride, at, K);
+    const int64_t n = std::min<int64_t>(kGroups * kColumns, columns.end - first);
+    for (int r = 0; r < kRows; ++r) {
+      T totals[kGroups * kColumns];
+      for (int g = 0; g < kGroups; ++g) dots.totals(r, g, totals + g * kColumns);
+      std::copy_n(totals, n, out + r * out_stride + first);
+    }
+  }
+}
+
+template <class T>
+void multiply_dots(const T* a, int64_t a_stride, int64_t rows, const T* w, int64_t K, Range columns, T* out,
+                   int64_t out_stride) {
+  if (rows <= 0) return;
+  const EvenSplit tiles(rows, 3);
+  for (int64_t i = 0; i < tiles.pieces; ++i) {
+    const int64_t r = tiles.begin(i);
+    const auto run = [&](auto function) {
+      function(a + r * a_stride, a_stride, w, K, columns, out + r * out_stride, out_stride);
+    };
+    switch (tiles.length(i)) {
+      case 1: run(multiply_dot_rows<T, 1>); break;
+      case 2: run(multiply_dot_rows<T, 2>); break;
+      default: run(multiply_dot_rows<T, 3>); break;
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------- forward
 
 // The part that zoneout keeps of n adjacent elements.
@@ -640,6 +677,34 @@ inline void put_output(const ForwardTask<T, A>& task, int64_t t, int64_t batch, 
   Operand<T, A>::store_values(task.h.at(schedule, t) + batch * task.h.stride, first, h, n);
 }
 
+// n adjacent units of one row: their pre-activations become activations, and c moves on from the step before. Returns
+// c_t, before zoneout.
+template <class T, class A>
+inline __attribute__((always_inline)) Vec<T> advance_cell(const ForwardTask<T, A>& task, int64_t row, int64_t batch,
+                                                          int64_t unit, int64_t n, Vec<T> (&gate)[kGates]) {
+  T* const c_row = task.c + batch * task.H + unit;
+  const Vec<T> before = load_first(c_row, n);
+  Vec<T> c = before;
+  cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
+  const Vec<T> now = c;
+  if (task.zoneout_c.active()) c = zone_out(task.zoneout_c, row * task.H + unit, n, before, c);
+  store_first(c_row, c, n);
+  if (task.gates)
+    for (int g = 0; g < kGates; ++g) store_first(task.gates + row * kGates * task.H + g * task.H + unit, gate[g], n);
+  if (task.cells) store_first(task.cells + row * task.H + unit, c, n);
+  return now;
+}
+
+// h_t of n adjacent units, before the projection.
+template <class T, class A>
+inline __attribute__((always_inline)) void put_unprojected(const ForwardTask<T, A>& task, int64_t t, int64_t batch,
+                                                           int64_t unit, int64_t n, Vec<T> h) {
+  if (task.hidden)
+    Operand<T, A>::store_values(task.hidden + batch * terms<A>(task.H), unit, h, n);
+  else
+    put_output(task, t, batch, unit, n, h);
+}
+
 // c_t of `lanes` units of one row (the first n of them where kTail). `products` may be null: all is in gates_x. Leaves
 // o and c_t in `state` for output_of_block.
 template <class T, class A, bool kTail>
@@ -647,25 +712,16 @@ inline void state_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t bat
                            T* state) {
   constexpr int W = kLanes<T>;
   const int64_t unit = block * W, n = kTail ? task.H - unit : W, row = task.schedule->offsets[t] + batch;
-  const auto get = [&](const T* p) { return kTail ? load_first(p, n) : load(p); };
-  const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
   Vec<T> gate[kGates];
   for (int g = 0; g < kGates; ++g) {
     gate[g] = load(task.bias + (block * kGates + g) * W);
     if (products) gate[g] = gate[g] + load(products + g * W);
-    if (task.gates_x) gate[g] = gate[g] + get(task.gates_x + (row - task.first) * kGates * task.H + g * task.H + unit);
+    if (task.gates_x)
+      gate[g] = gate[g] + load_first(task.gates_x + (row - task.first) * kGates * task.H + g * task.H + unit, n);
   }
-  T* const c_row = task.c + batch * task.H + unit;
-  const Vec<T> before = get(c_row);
-  Vec<T> c = before;
-  cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
+  const Vec<T> c = advance_cell(task, row, batch, unit, n, gate);
   store(state, gate[3]);
   store(state + W, c);
-  if (task.zoneout_c.active()) c = zone_out(task.zoneout_c, row * task.H + unit, n, before, c);
-  put(c_row, c);
-  if (task.gates)
-    for (int g = 0; g < kGates; ++g) put(task.gates + row * kGates * task.H + g * task.H + unit, gate[g]);
-  if (task.cells) put(task.cells + row * task.H + unit, c);
 }
 
 // h_t of the same units.
@@ -673,11 +729,7 @@ template <class T, class A, bool kTail>
 inline void output_of_block(const ForwardTask<T, A>& task, int64_t t, int64_t batch, int64_t block, const T* state) {
   constexpr int W = kLanes<T>;
   const int64_t unit = block * W, n = kTail ? task.H - unit : W;
-  const Vec<T> h = cell_output<VecMath<T>>(load(state), load(state + W));
-  if (task.hidden)
-    Operand<T, A>::store_values(task.hidden + batch * terms<A>(task.H), unit, h, n);
-  else
-    put_output(task, t, batch, unit, n, h);
+  put_unprojected(task, t, batch, unit, n, cell_output<VecMath<T>>(load(state), load(state + W)));
 }
 
 // The cell of `count` rows and of adjacent unit blocks, whose products stand in the scratch buffer (`multiplied`) or
@@ -755,27 +807,29 @@ int64_t forward_workspace(int64_t rows, int64_t I, int64_t P) {
          LeftTiles<A>::size(std::min(rows, kChunkRows), terms<A>(I) + terms<A>(P));
 }
 
-template <class T, class A>
-void forward_cells(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
-                   A* workspace) {
+// f(segment, h, stride) for the parts of the rows of step t that find h_{t-1} in different places: from h on.
+template <class T, class A, class F>
+void for_each_segment(const ForwardTask<T, A>& task, int64_t t, Range rows, const F& f) {
   const Schedule& schedule = *task.schedule;
   const int64_t previous = task.previous(t), h_0_stride = terms<A>(task.P);
   rows.end = std::min(rows.end, schedule.active(t));
   if (task.restarts_at(t)) {
-    if (rows.begin < rows.end)
-      forward_segment(task, product, t, rows, blocks, task.restarted_h + rows.begin * h_0_stride, h_0_stride,
-                      workspace);
+    if (rows.begin < rows.end) f(rows, task.restarted_h + rows.begin * h_0_stride, h_0_stride);
     return;
   }
   // Rows that were active in the previous step find h_{t-1} there, the others start from h_0.
   const int64_t boundary = std::clamp(schedule.active(previous), rows.begin, std::max(rows.begin, rows.end));
-  if (rows.begin < boundary) {
-    const A* h = task.h.at(schedule, previous) + rows.begin * task.h.stride;
-    forward_segment(task, product, t, {rows.begin, boundary}, blocks, h, task.h.stride, workspace);
-  }
-  if (boundary < rows.end)
-    forward_segment(task, product, t, {boundary, rows.end}, blocks, task.h_0 + boundary * h_0_stride, h_0_stride,
-                    workspace);
+  if (rows.begin < boundary)
+    f(Range{rows.begin, boundary}, task.h.at(schedule, previous) + rows.begin * task.h.stride, task.h.stride);
+  if (boundary < rows.end) f(Range{boundary, rows.end}, task.h_0 + boundary * h_0_stride, h_0_stride);
+}
+
+template <class T, class A>
+void forward_cells(const ForwardTask<T, A>& task, GateProduct product, int64_t t, Range rows, Range blocks,
+                   A* workspace) {
+  for_each_segment(task, t, rows, [&](Range segment, const A* h, int64_t h_stride) {
+    forward_segment(task, product, t, segment, blocks, h, h_stride, workspace);
+  });
 }
 
 // Makes h_t of y = hidden W_hr^T.
@@ -884,6 +938,58 @@ void backward_project(const BackwardTask<T, A>& task, int64_t t, Range rows, Ran
                 panels, task.d_hidden, task.H, false, buffer);
 }
 
+// The whole gradient of h_t of n adjacent units of one row (of o * tanh(c) with projection), but for what zoneout hands
+// on, which goes into kept_d_h.
+template <class T, class A>
+inline __attribute__((always_inline)) Vec<T> output_gradient(const BackwardTask<T, A>& task, int64_t row, int64_t batch,
+                                                             int64_t unit, int64_t n) {
+  const int64_t at = batch * task.H + unit;
+  if (task.d_hidden) return load_first(task.d_hidden + at, n);
+  Vec<T> d_h = load_first(task.d_h + at, n);
+  if (task.d_y) d_h = d_h + load_first(task.d_y + row * task.d_y_stride + unit, n);
+  if (task.kept_d_h) {
+    const Vec<T> kept_d_h = kept_part(task.zoneout_h, row * task.H + unit, n) * d_h;
+    store_first(task.kept_d_h + at, kept_d_h, n);
+    d_h = d_h - kept_d_h;
+  }
+  return d_h;
+}
+
+// The gradient of c_t of n adjacent units through the steps behind and the cell states that are returned, but for what
+// zoneout hands on: that is kept_d_c.
+template <class T, class A>
+inline __attribute__((always_inline)) Vec<T> state_gradient(const BackwardTask<T, A>& task, int64_t row, int64_t batch,
+                                                            int64_t unit, int64_t n, Vec<T>& kept_d_c) {
+  Vec<T> d_c = load_first(task.d_c + batch * task.H + unit, n);
+  if (task.d_cells) d_c = d_c + load_first(task.d_cells + row * task.H + unit, n);
+  kept_d_c = Vec<T>{};
+  if (task.zoneout_c.active()) {
+    kept_d_c = kept_part(task.zoneout_c, row * task.H + unit, n) * d_c;
+    d_c = d_c - kept_d_c;
+  }
+  return d_c;
+}
+
+// c_{t-1} of one row.
+template <class T, class A>
+inline const T* previous_cells(const BackwardTask<T, A>& task, int64_t t, int64_t batch) {
+  const Schedule& schedule = *task.schedule;
+  const int64_t previous = task.previous(t);
+  return task.restarts_row(schedule.offsets[t] + batch) ? task.reset_c_of(batch)
+         : batch < schedule.active(previous)            ? task.cells + (schedule.offsets[previous] + batch) * task.H
+                                                        : task.c_0 + batch * task.H;
+}
+
+// Hands what reached c_{t-1} to the reset states where the row restarts before step t.
+template <class T, class A>
+inline void cut_state_gradient(const BackwardTask<T, A>& task, int64_t t, int64_t batch, Range units) {
+  if (!task.restarts_row(task.schedule->offsets[t] + batch)) return;
+  T* const d_c = task.d_c + batch * task.H;
+  if (task.d_reset_c)
+    for (int64_t unit = units.begin; unit < units.end; ++unit) task.d_reset_c[batch * task.H + unit] += d_c[unit];
+  std::fill(d_c + units.begin, d_c + units.end, T(0));
+}
+
 template <class T, class A, bool kTail>
 inline void backward_cell_of_units(const BackwardTask<T, A>& task, int64_t t, int64_t batch, const T* c_prev,
                                    int64_t unit) {
@@ -892,22 +998,12 @@ inline void backward_cell_of_units(const BackwardTask<T, A>& task, int64_t t, in
   const auto put = [&](T* p, Vec<T> v) { kTail ? store_first(p, v, n) : store(p, v); };
   Vec<T> gate[kGates];
   for (int g = 0; g < kGates; ++g) gate[g] = get(task.gates + (row - task.gates_first) * kGates * H + g * H + unit);
-  Vec<T> d_h = get((task.d_hidden ? task.d_hidden : task.d_h) + batch * H + unit);
-  if (task.d_y && !task.d_hidden) d_h = d_h + get(task.d_y + row * task.d_y_stride + unit);
-  if (task.kept_d_h && !task.d_hidden) {
-    const Vec<T> kept_d_h = kept_part(task.zoneout_h, row * H + unit, n) * d_h;
-    put(task.kept_d_h + batch * H + unit, kept_d_h);
-    d_h = d_h - kept_d_h;
-  }
-  Vec<T> d_c = get(task.d_c + batch * H + unit), kept_d_c = {};
-  if (task.d_cells) d_c = d_c + get(task.d_cells + row * H + unit);
+  const Vec<T> d_h = output_gradient(task, row, batch, unit, n);
+  Vec<T> kept_d_c, d_c = state_gradient(task, row, batch, unit, n, kept_d_c);
   Vec<T> c = get(task.cells + row * H + unit);
   const Vec<T> c_before = get(c_prev + unit);
-  if (task.zoneout_c.active()) {  // the cells are what zoneout made of c_t, and h_t comes from c_t itself
-    kept_d_c = kept_part(task.zoneout_c, row * H + unit, n) * d_c;
-    d_c = d_c - kept_d_c;
-    c = gate[1] * c_before + gate[0] * gate[2];
-  }
+  // The cells are what zoneout made of c_t, and h_t comes from c_t itself.
+  if (task.zoneout_c.active()) c = gate[1] * c_before + gate[0] * gate[2];
   if (task.hidden) put(task.hidden + (row - task.first) * H + unit, gate[3] * VecMath<T>::tanh(c));
   cell_backward<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c, c_before, d_h, d_c);
   put(task.d_c + batch * H + unit, d_c + kept_d_c);
@@ -923,24 +1019,18 @@ inline void backward_cell_of_units(const BackwardTask<T, A>& task, int64_t t, in
 template <class T, class A>
 void backward_cells(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels) {
   constexpr int W = kLanes<T>;
-  const Schedule& schedule = *task.schedule;
-  rows.end = std::min(rows.end, schedule.active(t));
-  const int64_t offset = schedule.offsets[t], previous = task.previous(t), before = schedule.active(previous);
+  rows.end = std::min(rows.end, task.schedule->active(t));
   const int64_t first = panels.begin * 2 * W, last = std::min(task.H, panels.end * 2 * W);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
-    const bool restarts = task.restarts_row(offset + b);
-    const T* c_prev = restarts     ? task.reset_c_of(b)
-                      : b < before ? task.cells + (schedule.offsets[previous] + b) * task.H
-                                   : task.c_0 + b * task.H;
+    const T* const c_prev = previous_cells(task, t, b);
     int64_t unit = first;
     for (; unit + W <= last; unit += W) backward_cell_of_units<T, A, false>(task, t, b, c_prev, unit);
     if (unit < last) backward_cell_of_units<T, A, true>(task, t, b, c_prev, unit);
-    if (!restarts) continue;
-    if (task.d_reset_c)
-      for (unit = first; unit < last; ++unit) task.d_reset_c[b * task.H + unit] += task.d_c[b * task.H + unit];
-    std::fill(task.d_c + b * task.H + first, task.d_c + b * task.H + last, T(0));
+    cut_state_gradient(task, t, b, {first, last});
   }
 }
+
+#include "layer_norm.inl"
 
 // ---------------------------------------------------------------------------------------------- the table
 
@@ -999,6 +1089,8 @@ constexpr Kernels<T, A> kKernels = {
     block_buffer<A>,
     forward_workspace<A>,
     forward_cells<T, A>,
+    forward_recurrent<T, A>,
+    forward_normalized<T, A>,
     forward_project<T, A>,
     finish_projection<T, A>,
     backward_recurrent<T, A>,
@@ -1006,8 +1098,14 @@ constexpr Kernels<T, A> kKernels = {
     backward_output<T, A>,
     backward_project<T, A>,
     backward_cells<T, A>,
+    backward_normalized<T, A>,
     activate_gates<T>,
+    activate_normalized<T>,
+    normalize_rows<T>,
+    denormalize_gradients<T>,
+    add_column_sums<T>,
     multiply_rows<T, A>,
+    multiply_dots<T>,
     multiply_stored<T>,
     add_gradients<T, A>,
 };

@@ -1,6 +1,7 @@
 // The recurrent kernels for any CPU: 16-byte vectors, which every compiler lowers to what the target has (SSE2, NEON,
 // AltiVec, or plain scalar code). No fused multiply-add is assumed.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>

@@ -145,6 +145,28 @@ void multiply_bulk(const Kernels<T, A>& k, const A* a, int64_t rows, int64_t dep
              [&](int64_t begin, int64_t end) { multiply({0, rows}, {begin, end}); });
 }
 
+// out [rows, columns] = x W^T, W [columns, K] packed by pack_transposed, or as it is stored where that is null.
+template <class T, class A>
+void multiply_input(const Kernels<T, A>& k, const A* x, int64_t rows, int64_t K, const A* packed, const T* w,
+                    int64_t columns, T* out) {
+  if constexpr (kFullPrecision<T, A>)
+    if (!packed) {
+      parallel(column_panels(k, columns), kPackGrain / (2 * k.lanes * K) + 1, [&](int64_t begin, int64_t end) {
+        const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, columns)};
+        k.multiply_dots(x, K, rows, w, K, range, out, columns);
+      });
+      return;
+    }
+  multiply_bulk(k, x, rows, terms<A>(K), packed, columns, out, false);
+}
+
+// Normalises rows of n elements; `rstd` may be null.
+template <class T, class A>
+void normalize_bulk(const Kernels<T, A>& k, T* data, int64_t n, int64_t rows, T* rstd) {
+  parallel(rows, kElementwiseGrain / n + 1,
+           [&](int64_t begin, int64_t end) { k.normalize_rows(data, n, {begin, end}, rstd); });
+}
+
 // The time steps of a pass, in order.
 template <class Task>
 int64_t forward_step(const Task& task, int64_t s) {
@@ -201,11 +223,14 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
   const Schedule& schedule = *first.schedule;
   const int64_t directions = static_cast<int64_t>(tasks.size());
   const int64_t blocks = unit_blocks(k, first.H), panels = column_panels(k, first.P);
+  const int64_t gate_panels = column_panels(k, kGates * first.H);
+  const bool normalized = first.norm.active();
   const GateProduct product = plan.family == Family::kPacked ? GateProduct::kPacked : GateProduct::kUnpacked;
   const Range all_rows = {0, schedule.active(0)};
   const auto workspace_size = [&](int64_t rows) {
     if (product == GateProduct::kUnpacked) return int64_t{0};
-    const int64_t cells = k.forward_workspace(rows, first.gates_x ? 0 : first.I, first.P);
+    const int64_t cells = normalized ? k.block_buffer(rows, terms<A>(first.P))
+                                     : k.forward_workspace(rows, first.gates_x ? 0 : first.I, first.P);
     return first.hidden ? std::max(cells, k.block_buffer(rows, terms<A>(first.H))) : cells;
   };
 
@@ -218,7 +243,12 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
         for (int64_t s = steps.begin; s < steps.end; ++s) {
           const int64_t t = forward_step(task, s);
           restart_rows(task, t, items[i].rows);
-          k.forward_cells(task, product, t, items[i].rows, {0, blocks}, workspace.data());
+          if (normalized) {
+            k.forward_recurrent(task, product, t, items[i].rows, {0, gate_panels}, workspace.data());
+            k.forward_normalized(task, t, items[i].rows);
+          } else {
+            k.forward_cells(task, product, t, items[i].rows, {0, blocks}, workspace.data());
+          }
           if (task.hidden) k.forward_project(task, t, items[i].rows, {0, panels}, workspace.data());
         }
       }
@@ -226,30 +256,55 @@ void forward_steps(const std::vector<ForwardTask<T, A>>& tasks, const Kernels<T,
     return;
   }
   // Threads own hidden units, and each product needs the whole of h_{t-1}: they meet after every phase of a step.
+  enum class Phase { kRestart, kCells, kRecurrent, kNormalized, kProject };
+  std::vector<Phase> phases;
   // A cut that restarts the reverse direction restarts the other one, too.
-  const int64_t restart_phases = first.restarts ? 1 : 0;
-  const int64_t phases = restart_phases + 1 + (first.hidden ? 1 : 0);
+  if (first.restarts) phases.push_back(Phase::kRestart);
+  if (normalized)
+    phases.insert(phases.end(), {Phase::kRecurrent, Phase::kNormalized});
+  else
+    phases.push_back(Phase::kCells);
+  if (first.hidden) phases.push_back(Phase::kProject);
   const int64_t size = workspace_size(all_rows.end);
   const Buffer<A> workspaces(size * Lockstep::most_threads());
-  const int64_t count = (steps.end - steps.begin) * phases;
+  const auto phases_of_step = static_cast<int64_t>(phases.size());
+  const int64_t count = (steps.end - steps.begin) * phases_of_step;
   Lockstep::run(Lockstep::most_threads(), count, [&](int64_t i, int64_t part, int64_t parts) {
-    const int64_t s = steps.begin + i / phases, phase = i % phases - restart_phases;
-    if (phase < 0)
-      share_directions(directions, all_rows.end, part, parts,
-                       [&](int64_t d, Range rows) { restart_rows(tasks[d], forward_step(tasks[d], s), rows); });
-    else if (phase == 0)
-      share_directions(directions, blocks, part, parts, [&](int64_t d, Range units) {
-        k.forward_cells(tasks[d], product, forward_step(tasks[d], s), all_rows, units, workspaces.data() + part * size);
-      });
-    else
-      share_directions(directions, panels, part, parts, [&](int64_t d, Range columns) {
-        k.forward_project(tasks[d], forward_step(tasks[d], s), all_rows, columns, workspaces.data() + part * size);
-      });
+    const int64_t s = steps.begin + i / phases_of_step;
+    A* const workspace = workspaces.data() + part * size;
+    // f(task, t, part of n items of that task)
+    const auto share_step = [&](int64_t n, const auto& f) {
+      share_directions(directions, n, part, parts,
+                       [&](int64_t d, Range range) { f(tasks[d], forward_step(tasks[d], s), range); });
+    };
+    switch (phases[i % phases_of_step]) {
+      case Phase::kRestart:
+        share_step(all_rows.end, [&](const auto& task, int64_t t, Range rows) { restart_rows(task, t, rows); });
+        break;
+      case Phase::kCells:
+        share_step(blocks, [&](const auto& task, int64_t t, Range units) {
+          k.forward_cells(task, product, t, all_rows, units, workspace);
+        });
+        break;
+      case Phase::kRecurrent:
+        share_step(gate_panels, [&](const auto& task, int64_t t, Range columns) {
+          k.forward_recurrent(task, product, t, all_rows, columns, workspace);
+        });
+        break;
+      case Phase::kNormalized:  // a row is one thread's
+        share_step(all_rows.end, [&](const auto& task, int64_t t, Range rows) { k.forward_normalized(task, t, rows); });
+        break;
+      case Phase::kProject:
+        share_step(panels, [&](const auto& task, int64_t t, Range columns) {
+          k.forward_project(task, t, all_rows, columns, workspace);
+        });
+        break;
+    }
   });
 }
 
 // The same for one direction with library GEMMs: gates_x += h_{t-1} W_hh^T by one per step (two where rows start in
-// mid-sequence), then the cell.
+// mid-sequence), then the cell. With normalised gates the product stands by itself.
 template <class T>
 void forward_stepwise(const ForwardTask<T, T>& task, const T* w_hr, const Kernels<T, T>& k, Range steps) {
   const Schedule& schedule = *task.schedule;
@@ -257,27 +312,38 @@ void forward_stepwise(const ForwardTask<T, T>& task, const T* w_hr, const Kernel
   const int64_t blocks = unit_blocks(k, task.H);
   for (int64_t s = steps.begin; s < steps.end; ++s) {
     const int64_t t = forward_step(task, s), previous = task.previous(t), rows = schedule.active(t);
-    T* const gates_of_step = task.gates_x + (schedule.offsets[t] - task.first) * kGates * task.H;
+    const bool normalized = task.norm.active();
+    T* const gates_of_step = normalized ? task.products_hh.at(schedule, t)
+                                        : task.gates_x + (schedule.offsets[t] - task.first) * kGates * task.H;
     const Matrix<T> gates = dense(gates_of_step, rows, kGates * task.H);
     if (task.restarts_at(t)) {
       restart_rows(task, t, {0, rows});
-      matmul<T>(gates, dense<const T>(task.restarted_h, rows, task.P), w_hh, true);
+      matmul<T>(gates, dense<const T>(task.restarted_h, rows, task.P), w_hh, !normalized);
     } else {
       const int64_t running = std::min(rows, schedule.active(previous));
       if (running > 0)
         matmul<T>(gates.rows_from(0, running), {task.h.at(schedule, previous), running, task.P, task.h.stride}, w_hh,
-                  true);
+                  !normalized);
       matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P),
-                w_hh, true);
+                w_hh, !normalized);
     }
     parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
-      k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks}, nullptr);
+      if (normalized)
+        k.forward_normalized(task, t, {begin, end});
+      else
+        k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks}, nullptr);
     });
     if (!task.hidden) continue;
     matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride},
               dense<const T>(task.hidden, rows, task.H), dense(w_hr, task.P, task.H).transposed());
     k.finish_projection(task, t, {0, rows}, {0, column_panels(k, task.P)});
   }
+}
+
+// One of many blocks of an array that may be missing.
+template <class T>
+T* block_of(T* blocks, int64_t block, int64_t size) {
+  return blocks ? blocks + block * size : nullptr;
 }
 
 // The zoneout of one block of rows.
@@ -315,7 +381,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   const Problem& p = *stack.problem;
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P;
   const int64_t blocks = unit_blocks(k, H), gate_columns = kGates * H;
-  const bool packed = plan.family == Family::kPacked;
+  const bool packed = plan.family == Family::kPacked, normalized = p.layer_norm;
   const int64_t inner_layers = p.layers - 1;
 
   // Outputs of the lower layers: saved, or two buffers in turn; and the dropped copy that the next layer reads.
@@ -331,12 +397,17 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   const Buffer<A> restarted_h(restarts ? p.directions * p.B * width_h : 0);
   const Buffer<T> bias(p.directions * blocks * kGates * k.lanes);
   const int64_t widest_input = std::max(p.I, inner_layers > 0 ? width : 0);
-  const int64_t ih_size = plan.bulk_input ? packed_columns_size(k, widest_input, gate_columns) : 0;
+  const bool pack_input = plan.bulk_input && plan.pack_input;
+  const int64_t ih_size = pack_input ? packed_columns_size(k, widest_input, gate_columns) : 0;
   const bool fused_input = packed && !plan.bulk_input;
-  const int64_t gates_size =
-      packed ? packed_gates_size(k, H, (fused_input ? terms<A>(widest_input) : 0) + terms<A>(P)) : 0;
+  const int64_t gates_size = !packed ? 0
+                             : normalized
+                                 ? packed_columns_size(k, P, gate_columns)
+                                 : packed_gates_size(k, H, (fused_input ? terms<A>(widest_input) : 0) + terms<A>(P));
   const int64_t hr_size = packed && p.P > 0 ? packed_columns_size(k, H, P) : 0;
   const Buffer<A> packs(p.directions * (ih_size + gates_size + hr_size));
+  const Buffer<T> products_hh(normalized && !stack.norm_hh ? p.directions * 2 * p.B * gate_columns : 0);
+  const Buffer<T> new_states(normalized ? p.directions * p.B * 2 * H : 0);
   Factors<T, A> h_0_factors(k), reset_factors(k), x_factors(k);
   const int64_t states = p.layers * p.directions * p.B, masked_size = stack.recurrent_mask ? states * P : 0;
   const Buffer<T> masked_h_0(masked_size), masked_reset_h(stack.reset_h ? masked_size : 0);
@@ -363,7 +434,10 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       A* const pack_gates = pack_ih + ih_size;
       A* const pack_hr = pack_gates + gates_size;
       const int64_t depth_x = fused_input ? terms<A>(I) : 0, depth = depth_x + terms<A>(P);
-      if (packed)
+      if (packed && normalized)
+        pack_panels(column_panels(k, gate_columns), gate_columns * P,
+                    [&](Range r) { k.pack_transposed(w.w_hh, P, gate_columns, pack_gates, r); });
+      else if (packed)
         pack_panels(blocks, gate_columns * depth, [&](Range r) {
           if (fused_input) k.pack_gates(w.w_ih, H, I, pack_gates, depth, r);
           k.pack_gates(w.w_hh, H, P, pack_gates + depth_x * 2 * k.lanes, depth, r);
@@ -372,8 +446,9 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
         pack_panels(column_panels(k, P), P * H, [&](Range r) { k.pack_transposed(w.w_hr, H, P, pack_hr, r); });
       T* const direction_bias = bias.data() + d * blocks * kGates * k.lanes;
       k.pack_bias(w.b_ih, w.b_hh, H, direction_bias);
-      T* const saved_gates = stack.gates ? stack.gates + index * N * gate_columns : nullptr;
-      if (plan.bulk_input)
+      T* const saved_gates = block_of(stack.gates, index, N * gate_columns);
+      T* const saved_products = normalized ? block_of(stack.norm_ih, index, N * gate_columns) : saved_gates;
+      if (pack_input)
         pack_panels(column_panels(k, gate_columns), gate_columns * I,
                     [&](Range r) { k.pack_transposed(w.w_ih, I, gate_columns, pack_ih, r); });
 
@@ -386,7 +461,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.P = P;
       task.x = x;
       task.gates_x = !plan.bulk_input ? nullptr
-                     : saved_gates    ? saved_gates
+                     : saved_products ? saved_products
                                       : gates_x.data() + d * chunk_rows * gate_columns;
       task.w_ih = w.w_ih;
       task.w_hh = w.w_hh;
@@ -414,6 +489,13 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.gates = saved_gates;
       T* const cell_states = index >= first_returned ? stack.cell_states + (index - first_returned) * N * H : nullptr;
       task.cells = stack.cells ? stack.cells + index * N * H : cell_states;
+      if (normalized) {
+        task.norm = w.norm;
+        task.products_hh = {block_of(stack.norm_hh, index, N * gate_columns), gate_columns, 0, 0};
+        if (!stack.norm_hh) task.products_hh = {products_hh.data() + d * 2 * p.B * gate_columns, gate_columns, p.B, 0};
+        task.rstd_hh = block_of(stack.rstd_hh, index, N);
+        task.new_states = new_states.data() + d * p.B * 2 * H;
+      }
       tasks.push_back(task);
     }
     for_each_chunk(p.T, chunk_steps, [&](Range steps) {
@@ -422,9 +504,11 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
         const Range rows = rows_of_steps(*task.schedule, steps, task.reverse);
         task.first = task.gates ? 0 : rows.begin;
         T* const product = task.gates_x + (rows.begin - task.first) * gate_columns;
-        const A* const pack_ih = packs.data() + d * (ih_size + gates_size + hr_size);
-        multiply_bulk(k, x + rows.begin * terms<A>(I), rows.end - rows.begin, terms<A>(I), pack_ih, gate_columns,
-                      product, false);
+        const A* const pack_ih = pack_input ? packs.data() + d * (ih_size + gates_size + hr_size) : nullptr;
+        const int64_t index = layer * p.directions + d, count = rows.end - rows.begin;
+        multiply_input(k, x + rows.begin * terms<A>(I), count, I, pack_ih, task.w_ih, gate_columns, product);
+        if (normalized)
+          normalize_bulk(k, product, gate_columns, count, block_of(stack.rstd_ih, index * N + rows.begin, 1));
       }
       if constexpr (kFullPrecision<T, A>)
         if (plan.family == Family::kStepwise)
@@ -461,7 +545,7 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
   const auto directions = static_cast<int64_t>(tasks.size());
   const int64_t panels_h = column_panels(k, first.P), panels_c = column_panels(k, first.H);
   const Range all_rows = {0, schedule.active(0)};
-  const bool packed = first.packed_hh || first.packed_hr;
+  const bool packed = first.packed_hh || first.packed_hr, normalized = first.norm.active();
   const int64_t buffer_size = packed ? k.block_buffer(all_rows.end, terms<A>(kGates * first.H)) : 0;
 
   if (split == Split::kRows) {
@@ -478,7 +562,10 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
             k.backward_output(task, t, rows);
             k.backward_project(task, t, rows, {0, panels_c}, buffer.data());
           }
-          k.backward_cells(task, t, rows, {0, panels_c});
+          if (normalized)
+            k.backward_normalized(task, t, rows);
+          else
+            k.backward_cells(task, t, rows, {0, panels_c});
         }
         if (needs_d_h)
           k.backward_recurrent(task, backward_step(task, steps.end - 1), rows, {0, panels_h}, buffer.data());
@@ -487,35 +574,56 @@ void backward_steps(const std::vector<BackwardTask<T, A>>& tasks, const Kernels<
     return;
   }
   // Threads own hidden units. Without projection the d_h that a thread makes is all that its own cells need, so one
-  // phase per step is enough; with projection each product needs the whole of the one before.
+  // phase per step is enough; with projection each product needs the whole of the one before, and normalised gates need
+  // the whole of d_h.
+  enum class Phase { kRecurrent, kOutput, kProject, kCells, kNormalized };
+  std::vector<Phase> phases;
+  if (first.d_hidden || normalized) phases.push_back(Phase::kRecurrent);
+  if (first.d_hidden) phases.push_back(Phase::kOutput);
+  if (first.d_hidden && normalized) phases.push_back(Phase::kProject);
+  phases.push_back(normalized ? Phase::kNormalized : Phase::kCells);
+  const auto phases_of_step = static_cast<int64_t>(phases.size());
   const Buffer<A> buffers(buffer_size * Lockstep::most_threads());
-  const auto recurrent = [&](int64_t s, int64_t part, int64_t parts) {
-    share_directions(directions, panels_h, part, parts, [&](int64_t d, Range panels) {
-      k.backward_recurrent(tasks[d], backward_step(tasks[d], s), all_rows, panels, buffers.data() + part * buffer_size);
-    });
-  };
-  const int64_t phases = first.d_hidden ? 3 : 1;
-  Lockstep::run(Lockstep::most_threads(), (steps.end - steps.begin) * phases + (needs_d_h ? 1 : 0),
-                [&](int64_t i, int64_t part, int64_t parts) {
-                  const int64_t s = steps.begin + i / phases, phase = i % phases + (first.d_hidden ? 0 : 2);
-                  if (s == steps.end || phase == 0) {
-                    if (s > steps.begin) recurrent(s - 1, part, parts);
-                  } else if (phase == 1) {
-                    share_directions(directions, all_rows.end, part, parts, [&](int64_t d, Range rows) {
-                      k.backward_output(tasks[d], backward_step(tasks[d], s), rows);
-                    });
-                  } else {
-                    share_directions(directions, panels_c, part, parts, [&](int64_t d, Range panels) {
-                      const int64_t t = backward_step(tasks[d], s);
-                      A* const buffer = buffers.data() + part * buffer_size;
-                      if (first.d_hidden)
-                        k.backward_project(tasks[d], t, all_rows, panels, buffer);
-                      else if (s > steps.begin)
-                        k.backward_recurrent(tasks[d], tasks[d].next(t), all_rows, panels, buffer);
-                      k.backward_cells(tasks[d], t, all_rows, panels);
-                    });
-                  }
-                });
+  const int64_t count = (steps.end - steps.begin) * phases_of_step + (needs_d_h ? 1 : 0);
+  Lockstep::run(Lockstep::most_threads(), count, [&](int64_t i, int64_t part, int64_t parts) {
+    const int64_t s = steps.begin + i / phases_of_step;
+    A* const buffer = buffers.data() + part * buffer_size;
+    // f(task, part of n items of that task)
+    const auto share_step = [&](int64_t n, const auto& f) {
+      share_directions(directions, n, part, parts, [&](int64_t d, Range range) { f(tasks[d], range); });
+    };
+    switch (s == steps.end ? Phase::kRecurrent : phases[i % phases_of_step]) {
+      case Phase::kRecurrent:
+        if (s > steps.begin)
+          share_step(panels_h, [&](const auto& task, Range panels) {
+            k.backward_recurrent(task, backward_step(task, s - 1), all_rows, panels, buffer);
+          });
+        break;
+      case Phase::kOutput:
+        share_step(all_rows.end,
+                   [&](const auto& task, Range rows) { k.backward_output(task, backward_step(task, s), rows); });
+        break;
+      case Phase::kProject:
+        share_step(panels_c, [&](const auto& task, Range panels) {
+          k.backward_project(task, backward_step(task, s), all_rows, panels, buffer);
+        });
+        break;
+      case Phase::kCells:
+        share_step(panels_c, [&](const auto& task, Range panels) {
+          const int64_t t = backward_step(task, s);
+          if (first.d_hidden)
+            k.backward_project(task, t, all_rows, panels, buffer);
+          else if (s > steps.begin)
+            k.backward_recurrent(task, task.next(t), all_rows, panels, buffer);
+          k.backward_cells(task, t, all_rows, panels);
+        });
+        break;
+      case Phase::kNormalized:
+        share_step(all_rows.end,
+                   [&](const auto& task, Range rows) { k.backward_normalized(task, backward_step(task, s), rows); });
+        break;
+    }
+  });
 }
 
 // The same for one direction, with library GEMMs.
@@ -538,8 +646,12 @@ void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w
       matmul<T>(dense(task.d_hidden, rows, task.H),
                 dense<const T>(task.d_projected_terms.at(schedule, t), rows, task.P), dense(w.w_hr, task.P, task.H));
     }
-    parallel(rows, kElementwiseGrain / columns + 1,
-             [&](int64_t begin, int64_t end) { k.backward_cells(task, t, {begin, end}, {0, panels}); });
+    parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) {
+      if (task.norm.active())
+        k.backward_normalized(task, t, {begin, end});
+      else
+        k.backward_cells(task, t, {begin, end}, {0, panels});
+    });
   }
   if (needs_d_h) recurrent(backward_step(task, steps.end - 1));
 }
@@ -667,6 +779,34 @@ void grouped_weight_gradients(const Kernels<T, A>& k, const std::vector<std::vec
   }
 }
 
+// The sums over rows of left * right (of left alone if right is null), element by element, in the same order whatever
+// the threads; for each group of rows apart, one behind the other.
+template <class T, class A>
+void column_sums(const Kernels<T, A>& k, const std::vector<std::vector<int64_t>>& groups, const T* left, const T* right,
+                 int64_t N, int64_t columns, T* sums, bool accumulate) {
+  if (!sums) return;
+  const auto add = [&](const std::vector<const T*>& left_rows, const std::vector<const T*>& right_rows, T* out) {
+    const auto rows = static_cast<int64_t>(left_rows.size());
+    parallel(ceil_div(columns, k.lanes), kElementwiseGrain / ((rows + 1) * k.lanes) + 1,
+             [&](int64_t begin, int64_t end) {
+               const Range own = {begin * k.lanes, std::min(end * k.lanes, columns)};
+               k.add_column_sums(left_rows.data(), right ? right_rows.data() : nullptr, rows, own, out, accumulate);
+             });
+  };
+  if (groups.empty()) {
+    add(row_pointers(left, N, columns), right ? row_pointers(right, N, columns) : std::vector<const T*>(), sums);
+    return;
+  }
+  for (size_t g = 0; g < groups.size(); ++g) {
+    std::vector<const T*> left_rows, right_rows;
+    for (const int64_t r : groups[g]) {
+      left_rows.push_back(left + r * columns);
+      if (right) right_rows.push_back(right + r * columns);
+    }
+    add(left_rows, right_rows, sums + static_cast<int64_t>(g) * columns);
+  }
+}
+
 // The rows of all steps, by the group of their sequence.
 std::vector<std::vector<int64_t>> rows_of_groups(const Schedule& schedule, int64_t groups,
                                                  const std::vector<int64_t>& group_of) {
@@ -692,6 +832,8 @@ class GatesAgain {
         packs_(p.directions * (ih_size_ + hh_size_)),
         biases_(p.directions * bias_size_),
         gates_(p.directions * chunk_rows * kGates * p.H),
+        norms_(p.layer_norm ? p.directions * chunk_rows * 2 * kGates * p.H : 0),
+        rstds_(p.layer_norm ? p.directions * chunk_rows * 2 : 0),
         factors_(k) {}
 
   void pack(int64_t direction, const Weights<const T>& w, int64_t I) {
@@ -702,17 +844,34 @@ class GatesAgain {
     k_.pack_bias(w.b_ih, w.b_hh, H_, biases_.data() + direction * bias_size_);
   }
 
-  // [rows, 4H], of x [rows, I] and h_before [rows, P].
-  const T* compute(int64_t direction, const T* x, int64_t I, const T* h_before, int64_t rows) {
+  // Gates [rows, 4H] for the task, of x [rows, I] and h_before [rows, P], and what else it needs if they are
+  // normalised.
+  void compute(int64_t direction, const T* x, int64_t I, const T* h_before, int64_t rows, BackwardTask<T, A>& task) {
     const A* const ih = packs_.data() + direction * (ih_size_ + hh_size_);
     const int64_t columns = kGates * H_;
+    const bool normalized = task.norm.active();
     T* const gates = gates_.data() + direction * rows_ * columns;
-    multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, gates, false);
-    multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), ih + ih_size_, columns, gates, true);
+    T* const norm_ih = normalized ? norms_.data() + direction * rows_ * 2 * columns : gates;
+    T* const norm_hh = normalized ? norm_ih + rows_ * columns : gates;
+    multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, norm_ih, false);
+    multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), ih + ih_size_, columns, norm_hh,
+                  !normalized);
+    if (normalized) {
+      T* const rstd_ih = rstds_.data() + direction * rows_ * 2;
+      T* const rstd_hh = rstd_ih + rows_;
+      normalize_bulk(k_, norm_ih, columns, rows, rstd_ih);
+      normalize_bulk(k_, norm_hh, columns, rows, rstd_hh);
+      task.norm_ih = norm_ih, task.norm_hh = norm_hh;
+      task.rstd_ih = rstd_ih, task.rstd_hh = rstd_hh;
+    }
     const T* const bias = biases_.data() + direction * bias_size_;
-    parallel(rows, kElementwiseGrain / columns + 1,
-             [&](int64_t begin, int64_t end) { k_.activate_gates(bias, H_, {begin, end}, gates); });
-    return gates;
+    parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) {
+      if (normalized)
+        k_.activate_normalized(bias, task.norm, norm_ih, norm_hh, H_, {begin, end}, gates);
+      else
+        k_.activate_gates(bias, H_, {begin, end}, gates);
+    });
+    task.gates = gates;
   }
 
  private:
@@ -720,8 +879,28 @@ class GatesAgain {
   const int64_t H_, P_, rows_, ih_size_, hh_size_, bias_size_;
   const Buffer<A> packs_;
   const Buffer<T> biases_, gates_;
+  const Buffer<T> norms_, rstds_;  // per direction of W_ih x, then of W_hh h
   Factors<T, A> factors_;
 };
+
+// The gradients of what stands between the products of a chunk and its normalised gates: sums over the chunk's rows.
+// Leaves the gradient of x W_ih^T in d_gates.
+template <class T, class A>
+void norm_gradients(const Kernels<T, A>& k, const BackwardTask<T, A>& task,
+                    const std::vector<std::vector<int64_t>>& groups, int64_t rows, const LayerNorm<T>& d_norm,
+                    T* d_bias, bool accumulate) {
+  const int64_t H = task.H, columns = kGates * H, saved = task.first - task.gates_first;
+  const T* const norm_ih = task.norm_ih + saved * columns;
+  const T* const norm_hh = task.norm_hh + saved * columns;
+  column_sums<T>(k, groups, task.d_gates, nullptr, rows, columns, d_bias, accumulate);
+  column_sums<T>(k, groups, task.d_gates, norm_ih, rows, columns, d_norm.gain_ih, accumulate);
+  column_sums<T>(k, groups, task.d_gates, norm_hh, rows, columns, d_norm.gain_hh, accumulate);
+  column_sums<T>(k, groups, task.d_norm_c, task.norm_c, rows, H, d_norm.gain_c, accumulate);
+  column_sums<T>(k, groups, task.d_norm_c, nullptr, rows, H, d_norm.bias_c, accumulate);
+  parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) {
+    k.denormalize_gradients(norm_ih, task.rstd_ih + saved, task.norm.gain_ih, columns, {begin, end}, task.d_gates);
+  });
+}
 
 // d_x (+)= d_gates W_ih for the rows of a chunk, from their first.
 template <class T, class A>
@@ -746,12 +925,15 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const Problem& p = *stack.problem;
   const int64_t H = p.H, P = p.output_size(), N = p.N, width = p.directions * P, columns = kGates * H;
   const bool packed = plan.family == Family::kPacked, projected = p.P > 0, inner = p.layers > 1;
+  const bool normalized = p.layer_norm;
 
   const bool grouped = stack.groups > 1;  // a group's gradient is made once, of all its rows
   const int64_t chunk_steps = grouped ? p.T : steps_of_chunk(p), chunk_rows = chunk_steps * p.B;
   const Buffer<T> d_gates(p.directions * chunk_rows * columns), hidden(projected ? p.directions * chunk_rows * H : 0);
   const Buffer<T> d_projected(projected ? p.directions * chunk_rows * P : 0);
   const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
+  const int64_t normalized_rows = normalized ? p.directions * chunk_rows : 0;
+  const Buffer<T> d_products_hh(normalized_rows * columns), norm_c(normalized_rows * H), d_norm_c(normalized_rows * H);
   const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
   const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
@@ -782,7 +964,10 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   // Layers below the lowest one that needs a gradient are not visited.
   int64_t lowest = 0;
   if (!stack.d_x && !stack.needs_d_h_0) {  // the latter also where reset states need gradients
-    const auto needed = [](const Weights<T>& w) { return w.w_ih || w.w_hh || w.b_ih || w.b_hh || w.w_hr; };
+    const auto needed = [](const Weights<T>& w) {
+      return w.w_ih || w.w_hh || w.b_ih || w.b_hh || w.w_hr || w.norm.gain_ih || w.norm.gain_hh || w.norm.gain_c ||
+             w.norm.bias_c;
+    };
     const auto first = std::find_if(stack.d_weights.begin(), stack.d_weights.end(), needed);
     lowest = (first - stack.d_weights.begin()) / p.directions;
   }
@@ -817,7 +1002,7 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       task.reverse = d == 1;
       task.H = H;
       task.P = P;
-      task.gates = stack.gates ? stack.gates + index * N * columns : nullptr;
+      task.gates = block_of(stack.gates, index, N * columns);
       task.cells = stack.cells + index * N * H;
       task.resets_to_zero = !stack.reset_h;
       task.reset_h = stack.reset_h ? stack.reset_h + index * p.B * P : zeros.data();
@@ -842,8 +1027,18 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       task.d_projected = projected ? d_projected.data() + d * chunk_rows * P : nullptr;
       task.hidden = projected ? hidden.data() + d * chunk_rows * H : nullptr;
       task.d_gates = d_gates.data() + d * chunk_rows * columns;
+      if (normalized) {
+        task.norm = w.norm;
+        task.norm_ih = block_of(stack.norm_ih, index, N * columns);
+        task.norm_hh = block_of(stack.norm_hh, index, N * columns);
+        task.rstd_ih = block_of(stack.rstd_ih, index, N);
+        task.rstd_hh = block_of(stack.rstd_hh, index, N);
+        task.d_products_hh = d_products_hh.data() + d * chunk_rows * columns;
+        task.norm_c = norm_c.data() + d * chunk_rows * H;
+        task.d_norm_c = d_norm_c.data() + d * chunk_rows * H;
+      }
       if constexpr (kFullPrecision<T, A>) {
-        task.d_gates_terms = {task.d_gates, columns, 0, 0};
+        task.d_gates_terms = {normalized ? task.d_products_hh : task.d_gates, columns, 0, 0};
         task.d_projected_terms = {task.d_projected, P, 0, 0};
       } else {
         const int64_t first_row = d * 2 * p.B;
@@ -872,7 +1067,7 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
         T* const own_h = h_before.data() + d * chunk_rows * P;
         gather_factors(task, h_rows[d], rows, own_h);
         if (!gates_again) continue;
-        task.gates = gates_again->compute(d, input + rows.begin * I, I, own_h, rows.end - rows.begin);
+        gates_again->compute(d, input + rows.begin * I, I, own_h, rows.end - rows.begin, task);
         task.gates_first = rows.begin;
       }
       const bool needs_d_h = steps.end < p.T || stack.needs_d_h_0;
@@ -887,18 +1082,24 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
         const BackwardTask<T, A>& task = tasks[d];
         const Weights<T>& d_w = stack.d_weights[layer * p.directions + d];
         const int64_t first = task.first, rows = rows_of(task).end - first;
+        const bool accumulate = steps.begin > 0;
+        // The two biases are added, so their gradients are the same sum over all rows.
+        T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
+        if (normalized) norm_gradients(k, task, groups, rows, d_w.norm, d_bias, accumulate);
         if (d_input)
           input_gradient(k, task, stack.weights[layer * p.directions + d].w_ih, packed_ih[d], rows, I, d_gates_factors,
                          d_input + first * I, both_add);
-        // The two biases are added, so their gradients are the same sum over all rows.
-        T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
         const std::vector<const T*> own_h_rows =
             gathered ? row_pointers<T>(h_before.data() + d * chunk_rows * P, rows, P) : std::vector<const T*>();
         std::vector<RightFactor<T>> rights;
         if (d_w.w_ih) rights.push_back({x_rows.data() + first, I, d_w.w_ih});
-        if (d_w.w_hh) rights.push_back({gathered ? own_h_rows.data() : h_rows[d].data() + first, P, d_w.w_hh});
-        const bool accumulate = steps.begin > 0;
-        grouped_weight_gradients(k, groups, task.d_gates, rows, columns, rights, d_bias, accumulate);
+        const RightFactor<T> h_factor = {gathered ? own_h_rows.data() : h_rows[d].data() + first, P, d_w.w_hh};
+        if (d_w.w_hh && normalized)
+          grouped_weight_gradients<T, A>(k, groups, task.d_products_hh, rows, columns, {h_factor}, nullptr, accumulate);
+        else if (d_w.w_hh)
+          rights.push_back(h_factor);
+        grouped_weight_gradients(k, groups, task.d_gates, rows, columns, rights, normalized ? nullptr : d_bias,
+                                 accumulate);
         if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, stack.groups * columns, d_w.b_hh);
         if (d_w.w_hr) {
           const std::vector<const T*> hidden_rows = row_pointers<T>(task.hidden, rows, H);

@@ -20,6 +20,7 @@ struct Weights {
   T* b_ih;  // [4H]
   T* b_hh;  // [4H]
   T* w_hr;  // [P, H]
+  LayerNorm<T> norm;
 };
 
 // What both passes read.
@@ -44,20 +45,23 @@ struct StackInputs {
 
 template <class T>
 struct StackForward : StackInputs<T> {
-  T* y;              // [N, D*P]
-  T* h_n;            // [L*D, B, P]
-  T* c_n;            // [L*D, B, H]
-  T* gates;          // [L*D, N, 4H], saved for backward; null in inference
-  T* cells;          // [L*D, N, H], likewise
-  T* layer_outputs;  // [L-1, N, D*P], undropped outputs of the lower layers, likewise
-  T* cell_states;    // [cell_layers * D, N, H], c_t of the highest layers; null if there are none
+  T* y;                  // [N, D*P]
+  T* h_n;                // [L*D, B, P]
+  T* c_n;                // [L*D, B, H]
+  T* gates;              // [L*D, N, 4H], saved for backward; null in inference
+  T *norm_ih, *norm_hh;  // [L*D, N, 4H], normalised products, likewise; null without layer_norm, too
+  T *rstd_ih, *rstd_hh;  // [L*D, N], what they have been multiplied by for that
+  T* cells;              // [L*D, N, H], likewise
+  T* layer_outputs;      // [L-1, N, D*P], undropped outputs of the lower layers, likewise
+  T* cell_states;        // [cell_layers * D, N, H], c_t of the highest layers; null if there are none
   int64_t cell_layers;
 };
 
 template <class T>
 struct StackBackward : StackInputs<T> {
-  const T* y;      // as the forward pass made them
-  const T* gates;  // null: computed again
+  const T* y;                                      // as the forward pass made them
+  const T* gates;                                  // null: computed again, and so are the next four
+  const T *norm_ih, *norm_hh, *rstd_ih, *rstd_hh;  // null without layer_norm, too
   const T* cells;
   const T* layer_outputs;
   const T* d_cell_states;  // [cell_layers * D, N, H], or null: zero

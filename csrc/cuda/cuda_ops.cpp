@@ -677,6 +677,8 @@ void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_b
 }  // namespace
 
 ForwardResult lstm(const Call& call, const Wanted& wanted) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!call.layer_norm,
+                              "layer_norm has no CUDA kernels yet; move module and tensors to the CPU");
   const Tensor& x = call.x;
   const bool save = wanted.save, save_gates = save && !wanted.recompute;
   Arguments a = parse(call, save);
