@@ -36,7 +36,7 @@ class Case:
 
     ``lengths`` are those of the B sequences: of a packed sequence if they are sorted, of a padded batch if not.
     ``resets`` is the share of steps that a reset mask marks. ``extras``: "reset_hx", "recurrent_mask", "zoneout" with
-    masks, "average" for zoneout with rates, "cells" of all layers or "last_cells", "recompute".
+    masks, "average" for zoneout with rates, "cells" of all layers or "last_cells", "recompute", "layer_norm".
     """
 
     T: int
@@ -149,6 +149,9 @@ class Problem:
             weights += [draw(4 * case.H, width) * scale, draw(4 * case.H, out) * scale]
             weights += [draw(4 * case.H), draw(4 * case.H)] * case.bias
             weights += [draw(case.P, case.H) * scale] * (case.P > 0)
+            if "layer_norm" in case.extras:
+                sizes = (4 * case.H, 4 * case.H, case.H)
+                weights += [*(1 + draw(size) / 4 for size in sizes), draw(case.H) / 4]
         keep = torch.rand((case.L - 1, *shape, case.D * out), generator=generator) < 0.7
 
         def marks(*shape: int) -> Tensor:
@@ -165,6 +168,7 @@ class Problem:
             zoneout_rate_c=0.125 if has["average"] else 0.0,
             cell_layers=case.L if "cells" in case.extras else int("last_cells" in case.extras),
             recompute=has["recompute"],
+            layer_norm="layer_norm" in case.extras,
         )
         return cls(
             case=case,

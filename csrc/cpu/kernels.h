@@ -190,6 +190,15 @@ struct Gradient {
   T* out;  // [columns of left, columns]
 };
 
+constexpr int kMostColumnSums = 3;
+
+// The sums of a matrix's columns, each element multiplied by one of another matrix.
+template <class T>
+struct ColumnSums {
+  const T* right;  // null: elements by themselves
+  T* out;          // [columns]
+};
+
 enum class GateProduct {
   kPacked,    // register tiles over packed weights
   kUnpacked,  // dot products over the weights as they are stored; full precision only
@@ -262,9 +271,10 @@ struct Kernels {
   // d, the gradient of gain * norm, becomes that of the rows from which `norm` was made, which have been multiplied by
   // rstd.
   void (*denormalize_gradients)(const T* norm, const T* rstd, const T* gain, int64_t n, Range rows, T* d);
-  // sums[c] (+)= sum of left[k][c] * right[k][c] over K rows, for the given columns; of left[k][c] if `right` is null.
-  void (*add_column_sums)(const T* const* left, const T* const* right, int64_t K, Range columns, T* sums,
-                          bool accumulate);
+  // For each of `sums`: out[c] (+)= sum of left[k][c] * right[k][c] over K rows of [., stride], for the given columns.
+  // Row k is rows[k]; `rows` may be null: row k itself.
+  void (*add_column_sums)(const T* left, int64_t stride, const int64_t* rows, int64_t K, Range columns,
+                          const std::vector<ColumnSums<T>>& sums, bool accumulate);
 
   // Bulk products over the rows of all steps.
   // out[rows] (+)= a[rows] * packed matrix, for the columns of the given panels.

@@ -64,11 +64,20 @@ struct NormGradient {
   // From the gradient of gain * norm.
   static inline __attribute__((always_inline)) NormGradient of_row(const T* d, const T* norm, const T* gain, T rstd,
                                                                    int64_t size) {
-    const auto scaled = [&](int64_t i, auto n) { return load_first(gain + i, n) * load_first(d + i, n); };
-    const T sum = sum_vectors<T>(size, scaled);
-    const T sum_of_products =
-        sum_vectors<T>(size, [&](int64_t i, auto n) { return scaled(i, n) * load_first(norm + i, n); });
-    return {rstd, sum / static_cast<T>(size), sum_of_products / static_cast<T>(size)};
+    constexpr int64_t W = kLanes<T>, kChains = 2;
+    Vec<T> sums[kChains] = {}, sums_of_products[kChains] = {};
+    const auto add = [&](int64_t i, auto n, int chain) {
+      const Vec<T> scaled = load_first(gain + i, n) * load_first(d + i, n);
+      sums[chain] = sums[chain] + scaled;
+      sums_of_products[chain] = fma(scaled, load_first(norm + i, n), sums_of_products[chain]);
+    };
+    int64_t i = 0;
+    for (; i + kChains * W <= size; i += kChains * W)
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c) add(i + c * W, std::integral_constant<int64_t, W>(), c);
+    for (; i < size; i += W) add(i, std::min(W, size - i), 0);
+    const T mean = sum_lanes<T>(sums[0] + sums[1]) / static_cast<T>(size);
+    return {rstd, mean, sum_lanes<T>(sums_of_products[0] + sums_of_products[1]) / static_cast<T>(size)};
   }
 
   inline Vec<T> of_elements(Vec<T> d, Vec<T> norm) const { return (d - mean - norm * mean_of_products) * rstd; }
@@ -91,23 +100,35 @@ void denormalize_gradients(const T* norm, const T* rstd, const T* gain, int64_t 
 }
 
 template <class T>
-void add_column_sums(const T* const* left, const T* const* right, int64_t K, Range columns, T* sums, bool accumulate) {
-  constexpr int64_t kAtOnce = 512;  // columns whose sums stay in the nearest cache
+void add_column_sums(const T* left, int64_t stride, const int64_t* rows, int64_t K, Range columns,
+                     const std::vector<ColumnSums<T>>& sums, bool accumulate) {
+  constexpr int64_t kAtOnce = 1024;  // columns whose sums and whose part of a row of `left` stay in the nearest cache
   for (int64_t first = columns.begin; first < columns.end; first += kAtOnce) {
     const int64_t count = std::min(kAtOnce, columns.end - first);
-    if (!accumulate) std::fill_n(sums + first, count, T(0));
-    for (int64_t begin = 0; begin < K; begin += kDepth) {
-      T chains[kAtOnce] = {};
+    const auto offset = [&](int64_t k) { return (rows ? rows[k] : k) * stride + first; };
+    for (int64_t begin = 0; begin < std::max<int64_t>(K, 1); begin += kDepth) {
+      T chains[kMostColumnSums][kAtOnce] = {};
       for (int64_t k = begin; k < std::min(begin + kDepth, K); ++k) {
-        prefetch_row(left[std::min(k + kRowsAhead, K - 1)] + first, count);
-        if (right) prefetch_row(right[std::min(k + kRowsAhead, K - 1)] + first, count);
-        for_each_vector<T>(count, [&](int64_t i, auto n) {
-          const Vec<T> one = load_first(left[k] + first + i, n);
-          const Vec<T> sum = load_first(chains + i, n);
-          store_first(chains + i, right ? fma(one, load_first(right[k] + first + i, n), sum) : sum + one, n);
-        });
+        // No more than the next row is brought closer, bit by bit: parts of rows that lie a power of two apart share
+        // the sets of a cache.
+        const int64_t at = offset(k), next = offset(std::min(k + 1, K - 1));
+        for (size_t s = 0; s < sums.size(); ++s) {
+          T* const chain = chains[s];
+          const T* const right = sums[s].right;
+          const T* const upcoming = (right ? right : left) + next;
+          for_each_vector<T>(count, [&](int64_t i, auto n) {
+            __builtin_prefetch(upcoming + i);
+            const Vec<T> one = load_first(left + at + i, n), sum = load_first(chain + i, n);
+            store_first(chain + i, right ? fma(one, load_first(right + at + i, n), sum) : sum + one, n);
+          });
+        }
       }
-      add_row(chains, count, sums + first);
+      for (size_t s = 0; s < sums.size(); ++s) {
+        if (accumulate || begin > 0)
+          add_row(chains[s], count, sums[s].out + first);
+        else
+          std::copy_n(chains[s], count, sums[s].out + first);
+      }
     }
   }
 }

@@ -605,7 +605,8 @@ void dot_rows(const ForwardTask<T, T>& task, const T* h, int64_t h_stride, const
 // out[r][c] = a[r] . w[c] for kRows rows and the given columns.
 template <class T, int kRows>
 void multiply_dot_rows(const T* a, int64_t a_stride, const T* w, int64_t K, Range columns, T* out, int64_t out_stride) {
-  constexpr int kColumns = 4, kGroups = kRows == 1 ? 2 : 1;  // eight chains at least, to hide the FMA latency
+  // Eight chains at least of vectors of four lanes or more, to hide the FMA latency.
+  constexpr int kColumns = std::min(4, kLanes<T>), kGroups = kRows == 1 ? 2 : 1;
   for (int64_t first = columns.begin; first < columns.end; first += kGroups * kColumns) {
     const T* at[kGroups][kColumns];
     for (int g = 0; g < kGroups; ++g)

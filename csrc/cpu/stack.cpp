@@ -1,6 +1,8 @@
 #include "stack.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <initializer_list>
 #include <optional>
 #include <type_traits>
 
@@ -128,43 +130,48 @@ class Factors {
   int64_t capacity_ = 0;
 };
 
-// out [rows, columns] (+)= a [rows, depth] * packed matrix, over all threads.
-template <class T, class A>
+// f(rows) for the rows of a matrix, over all threads.
+template <class F>
+void for_rows(int64_t rows, int64_t columns, const F& f) {
+  parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
+}
+
+// out [rows, columns] (+)= a [rows, depth] * packed matrix, over all threads; then finish(rows), if that is given.
+template <class T, class A, class Finish = std::nullptr_t>
 void multiply_bulk(const Kernels<T, A>& k, const A* a, int64_t rows, int64_t depth, const A* packed, int64_t columns,
-                   T* out, bool accumulate) {
+                   T* out, bool accumulate, const Finish& finish = nullptr) {
+  constexpr bool kFinish = !std::is_same_v<Finish, std::nullptr_t>;
   const int64_t panels = column_panels(k, columns), grain = kMultiplyGrain / (depth * columns) + 1;
   const auto multiply = [&](Range own_rows, Range own_panels) {
     const Buffer<A> buffer(k.block_buffer(own_rows.end - own_rows.begin, depth));
     k.multiply_rows(a, depth, own_rows, packed, depth, columns, own_panels, out, columns, accumulate, buffer.data());
   };
-  if (rows >= kBulkRows * thread_count())
-    parallel(rows, std::max(grain, kBulkRows),
-             [&](int64_t begin, int64_t end) { multiply({begin, end}, {0, panels}); });
-  else
-    parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1,
-             [&](int64_t begin, int64_t end) { multiply({0, rows}, {begin, end}); });
+  if (rows >= kBulkRows * thread_count()) {
+    parallel(rows, std::max(grain, kBulkRows), [&](int64_t begin, int64_t end) {
+      multiply({begin, end}, {0, panels});
+      if constexpr (kFinish) finish(Range{begin, end});
+    });
+    return;
+  }
+  parallel(panels, kMultiplyGrain / (depth * rows * 2 * k.lanes) + 1,
+           [&](int64_t begin, int64_t end) { multiply({0, rows}, {begin, end}); });
+  if constexpr (kFinish) for_rows(rows, columns, finish);
 }
 
 // out [rows, columns] = x W^T, W [columns, K] packed by pack_transposed, or as it is stored where that is null.
-template <class T, class A>
+template <class T, class A, class Finish = std::nullptr_t>
 void multiply_input(const Kernels<T, A>& k, const A* x, int64_t rows, int64_t K, const A* packed, const T* w,
-                    int64_t columns, T* out) {
+                    int64_t columns, T* out, const Finish& finish = nullptr) {
   if constexpr (kFullPrecision<T, A>)
     if (!packed) {
       parallel(column_panels(k, columns), kPackGrain / (2 * k.lanes * K) + 1, [&](int64_t begin, int64_t end) {
         const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, columns)};
         k.multiply_dots(x, K, rows, w, K, range, out, columns);
       });
+      if constexpr (!std::is_same_v<Finish, std::nullptr_t>) for_rows(rows, columns, finish);
       return;
     }
-  multiply_bulk(k, x, rows, terms<A>(K), packed, columns, out, false);
-}
-
-// Normalises rows of n elements; `rstd` may be null.
-template <class T, class A>
-void normalize_bulk(const Kernels<T, A>& k, T* data, int64_t n, int64_t rows, T* rstd) {
-  parallel(rows, kElementwiseGrain / n + 1,
-           [&](int64_t begin, int64_t end) { k.normalize_rows(data, n, {begin, end}, rstd); });
+  multiply_bulk(k, x, rows, terms<A>(K), packed, columns, out, false, finish);
 }
 
 // The time steps of a pass, in order.
@@ -506,9 +513,13 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
         T* const product = task.gates_x + (rows.begin - task.first) * gate_columns;
         const A* const pack_ih = pack_input ? packs.data() + d * (ih_size + gates_size + hr_size) : nullptr;
         const int64_t index = layer * p.directions + d, count = rows.end - rows.begin;
-        multiply_input(k, x + rows.begin * terms<A>(I), count, I, pack_ih, task.w_ih, gate_columns, product);
+        const A* const own_x = x + rows.begin * terms<A>(I);
+        T* const rstd = block_of(stack.rstd_ih, index * N + rows.begin, 1);
+        const auto normalize = [&](Range r) { k.normalize_rows(product, gate_columns, r, rstd); };
         if (normalized)
-          normalize_bulk(k, product, gate_columns, count, block_of(stack.rstd_ih, index * N + rows.begin, 1));
+          multiply_input(k, own_x, count, I, pack_ih, task.w_ih, gate_columns, product, normalize);
+        else
+          multiply_input(k, own_x, count, I, pack_ih, task.w_ih, gate_columns, product);
       }
       if constexpr (kFullPrecision<T, A>)
         if (plan.family == Family::kStepwise)
@@ -779,34 +790,6 @@ void grouped_weight_gradients(const Kernels<T, A>& k, const std::vector<std::vec
   }
 }
 
-// The sums over rows of left * right (of left alone if right is null), element by element, in the same order whatever
-// the threads; for each group of rows apart, one behind the other.
-template <class T, class A>
-void column_sums(const Kernels<T, A>& k, const std::vector<std::vector<int64_t>>& groups, const T* left, const T* right,
-                 int64_t N, int64_t columns, T* sums, bool accumulate) {
-  if (!sums) return;
-  const auto add = [&](const std::vector<const T*>& left_rows, const std::vector<const T*>& right_rows, T* out) {
-    const auto rows = static_cast<int64_t>(left_rows.size());
-    parallel(ceil_div(columns, k.lanes), kElementwiseGrain / ((rows + 1) * k.lanes) + 1,
-             [&](int64_t begin, int64_t end) {
-               const Range own = {begin * k.lanes, std::min(end * k.lanes, columns)};
-               k.add_column_sums(left_rows.data(), right ? right_rows.data() : nullptr, rows, own, out, accumulate);
-             });
-  };
-  if (groups.empty()) {
-    add(row_pointers(left, N, columns), right ? row_pointers(right, N, columns) : std::vector<const T*>(), sums);
-    return;
-  }
-  for (size_t g = 0; g < groups.size(); ++g) {
-    std::vector<const T*> left_rows, right_rows;
-    for (const int64_t r : groups[g]) {
-      left_rows.push_back(left + r * columns);
-      if (right) right_rows.push_back(right + r * columns);
-    }
-    add(left_rows, right_rows, sums + static_cast<int64_t>(g) * columns);
-  }
-}
-
 // The rows of all steps, by the group of their sequence.
 std::vector<std::vector<int64_t>> rows_of_groups(const Schedule& schedule, int64_t groups,
                                                  const std::vector<int64_t>& group_of) {
@@ -849,28 +832,28 @@ class GatesAgain {
   void compute(int64_t direction, const T* x, int64_t I, const T* h_before, int64_t rows, BackwardTask<T, A>& task) {
     const A* const ih = packs_.data() + direction * (ih_size_ + hh_size_);
     const int64_t columns = kGates * H_;
-    const bool normalized = task.norm.active();
     T* const gates = gates_.data() + direction * rows_ * columns;
-    T* const norm_ih = normalized ? norms_.data() + direction * rows_ * 2 * columns : gates;
-    T* const norm_hh = normalized ? norm_ih + rows_ * columns : gates;
-    multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, norm_ih, false);
-    multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), ih + ih_size_, columns, norm_hh,
-                  !normalized);
-    if (normalized) {
+    const A* const hh = ih + ih_size_;
+    const T* const bias = biases_.data() + direction * bias_size_;
+    if (task.norm.active()) {
+      T* const norm_ih = norms_.data() + direction * rows_ * 2 * columns;
+      T* const norm_hh = norm_ih + rows_ * columns;
       T* const rstd_ih = rstds_.data() + direction * rows_ * 2;
       T* const rstd_hh = rstd_ih + rows_;
-      normalize_bulk(k_, norm_ih, columns, rows, rstd_ih);
-      normalize_bulk(k_, norm_hh, columns, rows, rstd_hh);
+      const auto normalize_ih = [&](Range r) { k_.normalize_rows(norm_ih, columns, r, rstd_ih); };
+      const auto finish = [&](Range r) {
+        k_.normalize_rows(norm_hh, columns, r, rstd_hh);
+        k_.activate_normalized(bias, task.norm, norm_ih, norm_hh, H_, r, gates);
+      };
+      multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, norm_ih, false, normalize_ih);
+      multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), hh, columns, norm_hh, false, finish);
       task.norm_ih = norm_ih, task.norm_hh = norm_hh;
       task.rstd_ih = rstd_ih, task.rstd_hh = rstd_hh;
+    } else {
+      const auto finish = [&](Range r) { k_.activate_gates(bias, H_, r, gates); };
+      multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, gates, false);
+      multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), hh, columns, gates, true, finish);
     }
-    const T* const bias = biases_.data() + direction * bias_size_;
-    parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) {
-      if (normalized)
-        k_.activate_normalized(bias, task.norm, norm_ih, norm_hh, H_, {begin, end}, gates);
-      else
-        k_.activate_gates(bias, H_, {begin, end}, gates);
-    });
     task.gates = gates;
   }
 
@@ -892,13 +875,35 @@ void norm_gradients(const Kernels<T, A>& k, const BackwardTask<T, A>& task,
   const int64_t H = task.H, columns = kGates * H, saved = task.first - task.gates_first;
   const T* const norm_ih = task.norm_ih + saved * columns;
   const T* const norm_hh = task.norm_hh + saved * columns;
-  column_sums<T>(k, groups, task.d_gates, nullptr, rows, columns, d_bias, accumulate);
-  column_sums<T>(k, groups, task.d_gates, norm_ih, rows, columns, d_norm.gain_ih, accumulate);
-  column_sums<T>(k, groups, task.d_gates, norm_hh, rows, columns, d_norm.gain_hh, accumulate);
-  column_sums<T>(k, groups, task.d_norm_c, task.norm_c, rows, H, d_norm.gain_c, accumulate);
-  column_sums<T>(k, groups, task.d_norm_c, nullptr, rows, H, d_norm.bias_c, accumulate);
-  parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) {
-    k.denormalize_gradients(norm_ih, task.rstd_ih + saved, task.norm.gain_ih, columns, {begin, end}, task.d_gates);
+  struct Sums {
+    const T* left;
+    int64_t columns;
+    std::vector<ColumnSums<T>> sums;
+    const int64_t* rows;
+    int64_t K;
+  };
+  std::vector<Sums> all;
+  for (size_t g = 0; g < std::max<size_t>(groups.size(), 1); ++g) {
+    const int64_t* const own_rows = groups.empty() ? nullptr : groups[g].data();
+    const int64_t K = groups.empty() ? rows : static_cast<int64_t>(groups[g].size());
+    const auto want = [&](const T* left, int64_t width, std::initializer_list<ColumnSums<T>> sums) {
+      Sums wanted = {left, width, {}, own_rows, K};
+      for (const ColumnSums<T>& sum : sums)
+        if (sum.out) wanted.sums.push_back({sum.right, sum.out + static_cast<int64_t>(g) * width});
+      if (!wanted.sums.empty()) all.push_back(wanted);
+    };
+    want(task.d_gates, columns, {{nullptr, d_bias}, {norm_ih, d_norm.gain_ih}, {norm_hh, d_norm.gain_hh}});
+    want(task.d_norm_c, H, {{nullptr, d_norm.bias_c}, {task.norm_c, d_norm.gain_c}});
+  }
+  // In two phases: threads own columns, whose sums are taken in one order whatever their number, then rows.
+  const int threads = rows * columns < kElementwiseGrain ? 1 : Lockstep::most_threads();
+  Lockstep::run(threads, 2, [&](int64_t phase, int64_t part, int64_t parts) {
+    if (phase == 0)
+      for (const Sums& s : all)
+        k.add_column_sums(s.left, s.columns, s.rows, s.K, share(s.columns, part, parts), s.sums, accumulate);
+    else
+      k.denormalize_gradients(norm_ih, task.rstd_ih + saved, task.norm.gain_ih, columns, share(rows, part, parts),
+                              task.d_gates);
   });
 }
 
