@@ -47,6 +47,10 @@ CASES = [
 ]
 
 
+# The last computes gates again of an h that is rounded: a difference that rows of five almost equal units magnify.
+LOW_PRECISION = CASES[3:-1]
+
+
 def legal(case: Case, plan: str) -> bool:
     return not (plan == "unpacked" and case.P)
 
@@ -83,18 +87,50 @@ def test_reference_against_a_step_by_hand(P: int, bias: bool) -> None:
 
 @pytest.mark.parametrize(("plan", "isa"), FORCED)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_plan_and_isa(case: Case, plan: str, isa: str) -> None:
+def test_float64(case: Case, plan: str, isa: str) -> None:
+    if legal(case, plan):
+        case = replace(case, dtype=torch.float64)
+        with fastlstm.force(plan, isa):
+            ours = Problem.of(case).solve(_ops.lstm, torch.float64)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                tensor, expected(case)[1][name], rtol=1e-9, atol=1e-9, msg=f"{name}: {{}}".format
+            )
+
+
+@functools.cache
+def plain_pytorchs_errors(case: Case) -> dict[str, Tensor]:
+    """The exact results and, on top, the largest errors of plain PyTorch, inputs changed by a unit in the last place.
+
+    Rows whose elements are almost alike are normalised by a large number, and with them their rounding errors. A single
+    result of plain PyTorch may be right by luck there; what its inputs' last bits do to it may not.
+    """
+    exact = expected(case)[1]
+    errors = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        problem = Problem.of(case)
+        for t in (problem.x, problem.h_0, problem.c_0, *problem.weights):
+            t.mul_(1 + (torch.rand(t.shape, generator=generator) - 0.5) * 2**-23)
+        for name, tensor in problem.solve(plain_pytorch, torch.float32).items():
+            errors[name] = torch.maximum(errors[name], (tensor - exact[name]).abs())
+    return {name: exact[name] + error for name, error in errors.items()}
+
+
+@pytest.mark.parametrize(("plan", "isa"), FORCED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32(case: Case, plan: str, isa: str) -> None:
     if legal(case, plan):
         with fastlstm.force(plan, isa):
-            check(case)
-            exact = replace(case, dtype=torch.float64)
-            for name, tensor in Problem.of(exact).solve(_ops.lstm, torch.float64).items():
-                torch.testing.assert_close(tensor, expected(exact)[1][name], rtol=1e-9, atol=1e-9)
+            ours = Problem.of(case).solve(_ops.lstm, torch.float32)
+        for name, tensor in ours.items():
+            report = compare(name, tensor, plain_pytorchs_errors(case)[name], expected(case)[1][name])
+            assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("plan", "isa"), FORCED)
-@pytest.mark.parametrize("case", [CASES[4], CASES[6], CASES[12]], ids=str)
+@pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
 def test_other_dtypes(case: Case, plan: str, isa: str, dtype: torch.dtype) -> None:
     if legal(case, plan):
         with fastlstm.force(plan, isa):
@@ -102,7 +138,7 @@ def test_other_dtypes(case: Case, plan: str, isa: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("isa", fastlstm.available_isas())
-@pytest.mark.parametrize("case", CASES[3:], ids=str)
+@pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
 def test_bf16_products(case: Case, isa: str) -> None:
     full, exact = expected(case)
     torchs = Problem.of(case).solve(plain_pytorch, torch.bfloat16)
