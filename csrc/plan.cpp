@@ -227,11 +227,6 @@ bool allowed(const Candidate& c, const Constraints& constraints, const Machine& 
          (constraints.products ? c.products == *constraints.products : c.products == Products::kFull || m.bf16);
 }
 
-// bfloat16 products have no other form than the packed one.
-bool packs_input(const Problem& p, const PassPlan& plan) {
-  return p.N >= cost::kPackedRows || plan.products == Products::kBf16;
-}
-
 // The cheapest candidate within the constraints.
 PassPlan choose(const Problem& p, const Machine& m, const Constraints& constraints, bool backward) {
   // Later layers read D * P features: the plan is for the stack, so sizes are averaged over layers.
@@ -295,7 +290,7 @@ PassPlan plan_forward(const Problem& problem, const Machine& machine, const Cons
   thread_local Last last;
   if (!(problem == last.problem && machine == last.machine && constraints == last.constraints)) {
     last = {problem, machine, constraints, choose(problem, machine, constraints, false)};
-    last.plan.pack_input = packs_input(problem, last.plan);
+    last.plan.pack_input = problem.N >= cost::kPackedRows || last.plan.family != Family::kUnpacked;
   }
   return last.plan;
 }
@@ -304,7 +299,8 @@ PassPlan plan_backward(const Problem& problem, const Machine& machine, const Con
   Constraints backward = constraints;
   backward.bulk_input.reset();  // says nothing about a backward pass
   PassPlan plan = choose(problem, machine, backward, true);
-  plan.pack_input = packs_input(problem, plan);
+  // bfloat16 products have no other form than the packed one.
+  plan.pack_input = problem.N >= cost::kPackedRows || plan.products == Products::kBf16;
   return plan;
 }
 

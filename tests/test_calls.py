@@ -52,7 +52,7 @@ def test_it_returns_what_torch_ops_returns(arguments: list[Any], all_arguments: 
     ("position", "value"),
     [
         (0, None), (0, [[1.0]]), (1, ()), (1, [None] * 4), (4, 3), (8, 1.0), (8, True), (9, 0), (11, None),
-        (12, 3), (16, False), (17, 0), (18, None), (19, 1.0), (20, 1),
+        (12, 3), (16, False), (17, 0), (18, None), (19, 1.0), (20, 1), (21, 0),
     ],
 )  # fmt: skip
 def test_it_leaves_other_types_to_torch_ops(all_arguments: list[Any], position: int, value: Any) -> None:
@@ -61,7 +61,7 @@ def test_it_leaves_other_types_to_torch_ops(all_arguments: list[Any], position: 
 
 
 def test_it_refuses_another_number_of_arguments(all_arguments: list[Any]) -> None:
-    with pytest.raises(RuntimeError, match="takes 21 arguments, got 20"):
+    with pytest.raises(RuntimeError, match="takes 22 arguments, got 21"):
         _C.lstm(*all_arguments[:-1])
     with pytest.raises(RuntimeError, match=re.escape("num_layers must be positive")):
         _C.lstm(*all_arguments[:8], -(2**63), *all_arguments[9:])

@@ -165,7 +165,7 @@ def test_threads_change_no_bit(case: Case, products: str) -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    p = Problem.of(norm_case(T=12, B=13, I=9, H=20))  # rows of one sequence are enough to pack weights for
+    p = Problem.of(norm_case(T=12, B=13, I=9, H=20))  # one sequence has rows enough for the input's packed product
     for plan, isa in itertools.product(("packed", "unpacked"), fastlstm.available_isas()):
         with fastlstm.force(plan, isa):
             y, _, _ = _ops.lstm(p.x, p.weights, p.h_0, p.c_0, **p.options, extras=p.extras)
