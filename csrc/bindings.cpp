@@ -55,8 +55,8 @@ py::dict pass_to_dict(const PassPlan& pass) {
 py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
                   int64_t compute_bytes, bool training, bool bf16_allowed, int threads, std::optional<int> vector_bytes,
                   std::optional<bool> bf16, std::optional<int64_t> l2_bytes, bool layer_norm) {
-  const Problem problem = {T,          B,             N,        I,            H,     P,         layers,
-                           directions, compute_bytes, training, bf16_allowed, false, layer_norm};
+  const Problem problem = {T,     B,         N, I, H, P, layers, directions, compute_bytes, training, bf16_allowed,
+                           false, layer_norm};
   Machine machine = cpu::this_machine(threads);
   machine.vector_bytes = vector_bytes.value_or(machine.vector_bytes);
   machine.fma = machine.fma || vector_bytes.value_or(0) > 16;
@@ -102,7 +102,8 @@ py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, in
                        const std::string& element_text, bool training, bool step_extras, int sms, int shared_bytes,
                        int64_t l2_bytes, double gigahertz) {
   const int64_t compute_bytes = element_text == "float64" ? 8 : 4;
-  const Problem problem = {T, B, T * B, I, H, P, layers, directions, compute_bytes, training, false, step_extras, false};
+  const Problem problem = {T,        B,     T * B,       I,    H, P, layers, directions, compute_bytes,
+                           training, false, step_extras, false};
   const auto element = parse_name("element", element_text, cuda::elements(), cuda::element_name);
   const cuda::Device device = {sms, shared_bytes, l2_bytes, gigahertz};
   py::dict d;
@@ -236,8 +237,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_forced", &get_forced);
   m.def("cuda_device", &cuda_device, py::arg("index"));
   m.def("cuda_plan_for", &cuda_plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("element"), py::arg("training"), py::arg("sms"),
-        py::arg("shared_bytes"), py::arg("l2_bytes"), py::arg("gigahertz"));
+        py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("element"), py::arg("training"),
+        py::arg("step_extras"), py::arg("sms"), py::arg("shared_bytes"), py::arg("l2_bytes"), py::arg("gigahertz"));
   m.def("apply", &apply, py::arg("function"), py::arg("isa"), py::arg("values"));
   m.def("time_kernels", &time_kernels, py::arg("threads"), py::arg("seconds_each"));
   m.def("plans", [] { return names(families(), family_name); });

@@ -1,11 +1,11 @@
 // Layer-normalised gates (J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016, eqs. 20 to 22 of the
 // supplement). Included by recurrent.inl.
 //
-//   a = gain_ih * norm(W_ih x_t) + gain_hh * norm(W_hh h_{t-1}) + bias         norm(v) = (v - mean) / sqrt(variance +
-//   eps) h_t = o * tanh(gain_c * norm(c_t) + bias_c)                                over all elements of v, 4H or H
+//   a = gain_ih * norm(W_ih x_t) + gain_hh * norm(W_hh h_{t-1}) + bias
+//   h_t = o * tanh(gain_c * norm(c_t) + bias_c)
 //
-// and the cell between the two is that of cell.h. A row is normalised by one thread, in one order whatever the others
-// do.
+// where norm(v) = (v - mean) / sqrt(variance + eps) over all elements of v, 4H or H of them; the cell between the two
+// is that of cell.h. A row is normalised by one thread, in one order whatever the others do.
 
 constexpr double kNormEpsilon = 1e-5;
 
