@@ -166,10 +166,10 @@ struct BackwardTask {
   StepRows<A> d_gates_terms, d_projected_terms;
 
   LayerNorm<const T> norm;
-  const T *norm_ih, *norm_hh;  // [., 4H], normalised products; their first row is that of gates
-  const T *rstd_ih, *rstd_hh;  // [.], what they have been multiplied by for that
-  T* d_products_hh;            // [rows of the chunk, 4H], gradient of h_{t-1} W_hh^T, out
-  T *norm_c, *d_norm_c;        // [rows of the chunk, H], normalised c_t and the gradient of gain_c norm_c + bias_c, out
+  const T *norm_ih, *norm_hh;        // [., 4H], normalised products; their first row is that of gates
+  const T *rstd_ih, *rstd_hh;        // [.], what they have been multiplied by for that
+  T *d_products_ih, *d_products_hh;  // [rows of the chunk, 4H], gradients of x_t W_ih^T and h_{t-1} W_hh^T, out
+  T *norm_c, *d_norm_c;  // [rows of the chunk, H], normalised c_t and the gradient of gain_c norm_c + bias_c, out
 
   int64_t previous(int64_t t) const { return reverse ? t + 1 : t - 1; }  // the step that made h_{t-1}
   int64_t next(int64_t t) const { return reverse ? t - 1 : t + 1; }
@@ -258,7 +258,7 @@ struct Kernels {
   void (*backward_project)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels, A* buffer);
   // d_gates[t] and d_c from d_h + d_y[t] (d_hidden with projection). Panels are columns of H.
   void (*backward_cells)(const BackwardTask<T, A>& task, int64_t t, Range rows, Range panels);
-  // The same with normalised gates, whose rows cannot be divided; also d_products_hh, norm_c and d_norm_c.
+  // The same with normalised gates, whose rows cannot be divided; also d_products_ih and _hh, norm_c and d_norm_c.
   void (*backward_normalized)(const BackwardTask<T, A>& task, int64_t t, Range rows);
 
   // gates = activations of (gates + bias), which is packed; or of normalised products of the same rows.
@@ -268,9 +268,6 @@ struct Kernels {
 
   // Rows of n elements become (row - mean) * rstd, rstd = 1 / sqrt(variance + 1e-5). `rstd` may be null.
   void (*normalize_rows)(T* data, int64_t n, Range rows, T* rstd);
-  // d, the gradient of gain * norm, becomes that of the rows from which `norm` was made, which have been multiplied by
-  // rstd.
-  void (*denormalize_gradients)(const T* norm, const T* rstd, const T* gain, int64_t n, Range rows, T* d);
   // For each of `sums`: out[c] (+)= sum of left[k][c] * right[k][c] over K rows of [., stride], for the given columns.
   // Row k is rows[k]; `rows` may be null: row k itself.
   void (*add_column_sums)(const T* left, int64_t stride, const int64_t* rows, int64_t K, Range columns,

@@ -83,7 +83,7 @@ struct NormGradient {
   inline Vec<T> of_elements(Vec<T> d, Vec<T> norm) const { return (d - mean - norm * mean_of_products) * rstd; }
 };
 
-// out may be d.
+// The gradient of a row of products from that of gain * norm.
 template <class T>
 void denormalize_gradient(const T* d, const T* norm, T rstd, const T* gain, int64_t size, T* out) {
   const NormGradient<T> gradient = NormGradient<T>::of_row(d, norm, gain, rstd, size);
@@ -91,12 +91,6 @@ void denormalize_gradient(const T* d, const T* norm, T rstd, const T* gain, int6
     const Vec<T> scaled = load_first(gain + i, n) * load_first(d + i, n);
     store_first(out + i, gradient.of_elements(scaled, load_first(norm + i, n)), n);
   });
-}
-
-template <class T>
-void denormalize_gradients(const T* norm, const T* rstd, const T* gain, int64_t size, Range rows, T* d) {
-  for (int64_t row = rows.begin; row < rows.end; ++row)
-    denormalize_gradient(d + row * size, norm + row * size, rstd[row], gain, size, d + row * size);
 }
 
 template <class T>
@@ -251,6 +245,8 @@ void backward_normalized(const BackwardTask<T, A>& task, int64_t t, Range rows) 
       store_first(task.d_c + b * H + unit, d_c + kept_d_c, n);
     });
     T* const d_products = task.d_products_hh + own_row * columns;
+    denormalize_gradient<T>(d_gates, task.norm_ih + saved_row * columns, task.rstd_ih[saved_row], norm.gain_ih, columns,
+                            task.d_products_ih + own_row * columns);
     denormalize_gradient<T>(d_gates, task.norm_hh + saved_row * columns, task.rstd_hh[saved_row], norm.gain_hh, columns,
                             d_products);
     if constexpr (!kFullPrecision<T, A>) {

@@ -1103,7 +1103,6 @@ constexpr Kernels<T, A> kKernels = {
     activate_gates<T>,
     activate_normalized<T>,
     normalize_rows<T>,
-    denormalize_gradients<T>,
     add_column_sums<T>,
     multiply_rows<T, A>,
     multiply_dots<T>,

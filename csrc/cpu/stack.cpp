@@ -394,7 +394,9 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   // Outputs of the lower layers: saved, or two buffers in turn; and the dropped copy that the next layer reads.
   const Buffer<T> outputs(stack.layer_outputs ? 0 : std::min<int64_t>(inner_layers, 2) * N * width);
   const Buffer<T> dropped(stack.dropout_mask ? N * width : 0);
-  const int64_t chunk_steps = plan.bulk_input ? steps_of_chunk(p) : p.T, chunk_rows = chunk_steps * p.B;
+  // What is kept of all steps is made of all steps: the threads meet less often.
+  const bool in_chunks = plan.bulk_input && !stack.norm_ih;
+  const int64_t chunk_steps = in_chunks ? steps_of_chunk(p) : p.T, chunk_rows = chunk_steps * p.B;
   const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * chunk_rows * gate_columns : 0);
   const int64_t width_h = terms<A>(P), width_hidden = terms<A>(H);
   const Buffer<A> hidden = zeroed_pairs<A>(p.P > 0 ? p.directions * p.B * width_hidden : 0);
@@ -713,24 +715,47 @@ struct RightFactor {
   T* out;  // [columns of left, columns]
 };
 
-// Gradients of the matrices that one left factor [N, columns] goes into: out (+)= left^T right for each right factor,
-// and sums (+)= left^T 1 (may be null). Every element is summed in the same order, whatever the threads.
+// The left factor [N, columns] of some matrices' gradients.
+template <class T>
+struct LeftFactor {
+  const T* rows;
+  std::vector<RightFactor<T>> rights;
+  T* sums;  // of its own columns; null where not needed
+};
+
+// Sums over K rows of another matrix [., columns]; see add_column_sums.
+template <class T>
+struct SummedRows {
+  const T* left;
+  int64_t columns;
+  const int64_t* rows;  // null: the first K
+  int64_t K;
+  std::vector<ColumnSums<T>> sums;
+};
+
+// For each left factor: out (+)= left^T right for its right factors, and sums (+)= left^T 1. And the sums of other
+// matrices. Every element is summed in the same order, whatever the threads.
 template <class T, class A>
-void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t columns,
-                      const std::vector<RightFactor<T>>& rights, T* sums, bool accumulate) {
-  if (rights.empty() && !sums) return;
+void weight_gradients(const Kernels<T, A>& k, const std::vector<LeftFactor<T>>& lefts, int64_t N, int64_t columns,
+                      const std::vector<SummedRows<T>>& summed, bool accumulate) {
   const int64_t slices = ceil_div(N, kGradientDepth), deepest = terms<A>(std::min(N, kGradientDepth));
   const int64_t units = ceil_div(columns, kGradientUnit), buffer_size = k.block_buffer(columns, deepest);
   int64_t panels = 0;  // of all right factors
-  for (const RightFactor<T>& right : rights) panels += column_panels(k, right.columns);
+  for (const LeftFactor<T>& left : lefts)
+    for (const RightFactor<T>& right : left.rights) panels += column_panels(k, right.columns);
+  int64_t summed_elements = 0;
+  for (const SummedRows<T>& s : summed) summed_elements += s.K * s.columns;
   const int64_t multiply_adds = std::min(N, kGradientDepth) * columns * panels * 2 * k.lanes;
-  const int threads = multiply_adds < kMultiplyGrain ? 1 : Lockstep::most_threads();
-  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(buffer_size * threads);
-  std::vector<Gradient<T, A>> gradients;
-  for (A* to = packed.data(); const RightFactor<T>& right : rights) {
-    gradients.push_back({to, right.columns, right.out});
-    to += column_panels(k, right.columns) * 2 * k.lanes * deepest;
-  }
+  const bool alone = multiply_adds < kMultiplyGrain && summed_elements < kElementwiseGrain;
+  const int threads = alone ? 1 : Lockstep::most_threads();
+  const Buffer<A> packed(panels * 2 * k.lanes * deepest), buffers(lefts.empty() ? 0 : buffer_size * threads);
+  std::vector<std::vector<Gradient<T, A>>> gradients(lefts.size());
+  A* to = packed.data();
+  for (size_t l = 0; l < lefts.size(); ++l)
+    for (const RightFactor<T>& right : lefts[l].rights) {
+      gradients[l].push_back({to, right.columns, right.out});
+      to += column_panels(k, right.columns) * 2 * k.lanes * deepest;
+    }
 
   // Two phases per slice of rows: the right factors are packed, then multiplied.
   Lockstep::run(threads, 2 * slices, [&](int64_t phase, int64_t part, int64_t parts) {
@@ -739,55 +764,61 @@ void weight_gradients(const Kernels<T, A>& k, const T* left, int64_t N, int64_t 
       const Range own = share(panels, part, parts);
       A* to = packed.data();
       int64_t before = 0;  // panels of the factors before this one
-      for (const RightFactor<T>& right : rights) {
-        const int64_t count = column_panels(k, right.columns);
-        const Range range = {std::clamp(own.begin - before, int64_t{0}, count),
-                             std::clamp(own.end - before, int64_t{0}, count)};
-        k.pack_columns(right.rows + first, K, right.columns, to, range);
-        to += count * 2 * k.lanes * deepest;
-        before += count;
-      }
+      for (const LeftFactor<T>& left : lefts)
+        for (const RightFactor<T>& right : left.rights) {
+          const int64_t count = column_panels(k, right.columns);
+          const Range range = {std::clamp(own.begin - before, int64_t{0}, count),
+                               std::clamp(own.end - before, int64_t{0}, count)};
+          k.pack_columns(right.rows + first, K, right.columns, to, range);
+          to += count * 2 * k.lanes * deepest;
+          before += count;
+        }
     } else {
       const Range own = share(units, part, parts);
       const Range own_columns = {own.begin * kGradientUnit, std::min(own.end * kGradientUnit, columns)};
-      if (own_columns.begin < own_columns.end)
-        k.add_gradients(left + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size, gradients,
-                        sums, accumulate || first > 0);
+      for (size_t l = 0; l < lefts.size() && own_columns.begin < own_columns.end; ++l)
+        k.add_gradients(lefts[l].rows + first * columns, columns, K, own_columns, buffers.data() + part * buffer_size,
+                        gradients[l], lefts[l].sums, accumulate || first > 0);
+      for (const SummedRows<T>& s : summed)
+        if (first == 0)
+          k.add_column_sums(s.left, s.columns, s.rows, s.K, share(s.columns, part, parts), s.sums, accumulate);
     }
   });
 }
 
 // The same for each group of rows apart, whose gradients lie one behind the other; all rows are one if there are none.
+// (The other matrices' sums are of a group already.)
 template <class T, class A>
-void grouped_weight_gradients(const Kernels<T, A>& k, const std::vector<std::vector<int64_t>>& groups, const T* left,
-                              int64_t N, int64_t columns, const std::vector<RightFactor<T>>& rights, T* sums,
-                              bool accumulate) {
+void grouped_weight_gradients(const Kernels<T, A>& k, const std::vector<std::vector<int64_t>>& groups,
+                              const std::vector<LeftFactor<T>>& lefts, int64_t N, int64_t columns,
+                              const std::vector<SummedRows<T>>& summed, bool accumulate) {
   if (groups.empty()) {
-    weight_gradients(k, left, N, columns, rights, sums, accumulate);
+    weight_gradients(k, lefts, N, columns, summed, accumulate);
     return;
   }
-  const Buffer<T> own_left(N * columns);
-  for (size_t g = 0; g < groups.size(); ++g) {
-    const auto rows = static_cast<int64_t>(groups[g].size());
-    const auto group = static_cast<int64_t>(g);
-    const auto of_group = [&](const auto& row) {
-      std::vector<const T*> pointers;
-      for (const int64_t r : groups[g]) pointers.push_back(row(r));
-      return pointers;
-    };
-    gather_rows(of_group([&](int64_t r) { return left + r * columns; }).data(), rows, columns, own_left.data());
-    std::vector<std::vector<const T*>> right_rows;
-    std::vector<RightFactor<T>> own_rights;
-    for (const RightFactor<T>& right : rights) {
-      right_rows.push_back(of_group([&](int64_t r) { return right.rows[r]; }));
-      const int64_t size = columns * right.columns;
-      own_rights.push_back({right_rows.back().data(), right.columns, right.out + group * size});
-      if (rows == 0) zero_elements(own_rights.back().out, size);
+  if (!summed.empty()) weight_gradients(k, std::vector<LeftFactor<T>>(), N, columns, summed, accumulate);
+  const Buffer<T> own_left(lefts.empty() ? 0 : N * columns);
+  for (const LeftFactor<T>& left : lefts)
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const auto rows = static_cast<int64_t>(groups[g].size());
+      const auto group = static_cast<int64_t>(g);
+      const auto of_group = [&](const auto& row) {
+        std::vector<const T*> pointers;
+        for (const int64_t r : groups[g]) pointers.push_back(row(r));
+        return pointers;
+      };
+      gather_rows(of_group([&](int64_t r) { return left.rows + r * columns; }).data(), rows, columns, own_left.data());
+      std::vector<std::vector<const T*>> right_rows;
+      LeftFactor<T> own = {own_left.data(), {}, left.sums ? left.sums + group * columns : nullptr};
+      for (const RightFactor<T>& right : left.rights) {
+        right_rows.push_back(of_group([&](int64_t r) { return right.rows[r]; }));
+        const int64_t size = columns * right.columns;
+        own.rights.push_back({right_rows.back().data(), right.columns, right.out + group * size});
+        if (rows == 0) zero_elements(own.rights.back().out, size);
+      }
+      if (rows == 0 && own.sums) zero_elements(own.sums, columns);
+      weight_gradients(k, std::vector<LeftFactor<T>>{own}, rows, columns, {}, false);
     }
-    T* const own_sums = sums ? sums + group * columns : nullptr;
-    if (rows == 0 && sums) zero_elements(own_sums, columns);
-    weight_gradients(k, own_left.data(), rows, columns, own_rights, own_sums, false);
-  }
 }
 
 // The rows of all steps, by the group of their sequence.
@@ -866,60 +897,40 @@ class GatesAgain {
   Factors<T, A> factors_;
 };
 
-// The gradients of what stands between the products of a chunk and its normalised gates: sums over the chunk's rows.
-// Leaves the gradient of x W_ih^T in d_gates.
+// The sums over the rows of a chunk, or of its groups, that the gradients of layer normalisation and the biases are.
 template <class T, class A>
-void norm_gradients(const Kernels<T, A>& k, const BackwardTask<T, A>& task,
-                    const std::vector<std::vector<int64_t>>& groups, int64_t rows, const LayerNorm<T>& d_norm,
-                    T* d_bias, bool accumulate) {
-  const int64_t H = task.H, columns = kGates * H, saved = task.first - task.gates_first;
-  const T* const norm_ih = task.norm_ih + saved * columns;
-  const T* const norm_hh = task.norm_hh + saved * columns;
-  struct Sums {
-    const T* left;
-    int64_t columns;
-    std::vector<ColumnSums<T>> sums;
-    const int64_t* rows;
-    int64_t K;
-  };
-  std::vector<Sums> all;
+std::vector<SummedRows<T>> norm_gradients(const BackwardTask<T, A>& task,
+                                          const std::vector<std::vector<int64_t>>& groups, int64_t rows,
+                                          const LayerNorm<T>& d_norm, T* d_bias) {
+  const int64_t H = task.H, columns = kGates * H, saved = (task.first - task.gates_first) * columns;
+  std::vector<SummedRows<T>> all;
   for (size_t g = 0; g < std::max<size_t>(groups.size(), 1); ++g) {
-    const int64_t* const own_rows = groups.empty() ? nullptr : groups[g].data();
-    const int64_t K = groups.empty() ? rows : static_cast<int64_t>(groups[g].size());
     const auto want = [&](const T* left, int64_t width, std::initializer_list<ColumnSums<T>> sums) {
-      Sums wanted = {left, width, {}, own_rows, K};
+      SummedRows<T> wanted = {left, width, nullptr, rows, {}};
+      if (!groups.empty()) wanted.rows = groups[g].data(), wanted.K = static_cast<int64_t>(groups[g].size());
       for (const ColumnSums<T>& sum : sums)
         if (sum.out) wanted.sums.push_back({sum.right, sum.out + static_cast<int64_t>(g) * width});
       if (!wanted.sums.empty()) all.push_back(wanted);
     };
-    want(task.d_gates, columns, {{nullptr, d_bias}, {norm_ih, d_norm.gain_ih}, {norm_hh, d_norm.gain_hh}});
+    want(task.d_gates, columns,
+         {{nullptr, d_bias}, {task.norm_ih + saved, d_norm.gain_ih}, {task.norm_hh + saved, d_norm.gain_hh}});
     want(task.d_norm_c, H, {{nullptr, d_norm.bias_c}, {task.norm_c, d_norm.gain_c}});
   }
-  // In two phases: threads own columns, whose sums are taken in one order whatever their number, then rows.
-  const int threads = rows * columns < kElementwiseGrain ? 1 : Lockstep::most_threads();
-  Lockstep::run(threads, 2, [&](int64_t phase, int64_t part, int64_t parts) {
-    if (phase == 0)
-      for (const Sums& s : all)
-        k.add_column_sums(s.left, s.columns, s.rows, s.K, share(s.columns, part, parts), s.sums, accumulate);
-    else
-      k.denormalize_gradients(norm_ih, task.rstd_ih + saved, task.norm.gain_ih, columns, share(rows, part, parts),
-                              task.d_gates);
-  });
+  return all;
 }
 
-// d_x (+)= d_gates W_ih for the rows of a chunk, from their first.
+// d_x (+)= d_products W_ih for the rows of a chunk, from their first.
 template <class T, class A>
-void input_gradient(const Kernels<T, A>& k, const BackwardTask<T, A>& task, const T* w_ih, const A* packed_ih,
+void input_gradient(const Kernels<T, A>& k, const T* d_products, int64_t columns, const T* w_ih, const A* packed_ih,
                     int64_t rows, int64_t I, Factors<T, A>& factors, T* d_x, bool accumulate) {
-  const int64_t columns = kGates * task.H;
   if (packed_ih) {
-    multiply_bulk(k, factors.of(task.d_gates, rows, columns), rows, terms<A>(columns), packed_ih, I, d_x, accumulate);
+    multiply_bulk(k, factors.of(d_products, rows, columns), rows, terms<A>(columns), packed_ih, I, d_x, accumulate);
     return;
   }
   // Reading the weights is what takes the time, so they are what is counted.
   parallel(column_panels(k, I), kPackGrain / (2 * k.lanes * columns) + 1, [&](int64_t begin, int64_t end) {
     const Range range = {begin * 2 * k.lanes, std::min(end * 2 * k.lanes, I)};
-    k.multiply_stored(task.d_gates, columns, rows, w_ih, columns, I, range, d_x, I, accumulate);
+    k.multiply_stored(d_products, columns, rows, w_ih, columns, I, range, d_x, I, accumulate);
   });
 }
 
@@ -938,7 +949,7 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const Buffer<T> d_projected(projected ? p.directions * chunk_rows * P : 0);
   const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
   const int64_t normalized_rows = normalized ? p.directions * chunk_rows : 0;
-  const Buffer<T> d_products_hh(normalized_rows * columns), norm_c(normalized_rows * H), d_norm_c(normalized_rows * H);
+  const Buffer<T> d_products(2 * normalized_rows * columns), norm_c(normalized_rows * H), d_norm_c(normalized_rows * H);
   const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
   const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
@@ -1038,7 +1049,8 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
         task.norm_hh = block_of(stack.norm_hh, index, N * columns);
         task.rstd_ih = block_of(stack.rstd_ih, index, N);
         task.rstd_hh = block_of(stack.rstd_hh, index, N);
-        task.d_products_hh = d_products_hh.data() + d * chunk_rows * columns;
+        task.d_products_ih = d_products.data() + d * 2 * chunk_rows * columns;
+        task.d_products_hh = task.d_products_ih + chunk_rows * columns;
         task.norm_c = norm_c.data() + d * chunk_rows * H;
         task.d_norm_c = d_norm_c.data() + d * chunk_rows * H;
       }
@@ -1088,28 +1100,34 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
         const Weights<T>& d_w = stack.d_weights[layer * p.directions + d];
         const int64_t first = task.first, rows = rows_of(task).end - first;
         const bool accumulate = steps.begin > 0;
+        const T* const d_products = normalized ? task.d_products_ih : task.d_gates;
+        if (d_input)
+          input_gradient(k, d_products, columns, stack.weights[layer * p.directions + d].w_ih, packed_ih[d], rows, I,
+                         d_gates_factors, d_input + first * I, both_add);
         // The two biases are added, so their gradients are the same sum over all rows.
         T* const d_bias = d_w.b_ih ? d_w.b_ih : d_w.b_hh;
-        if (normalized) norm_gradients(k, task, groups, rows, d_w.norm, d_bias, accumulate);
-        if (d_input)
-          input_gradient(k, task, stack.weights[layer * p.directions + d].w_ih, packed_ih[d], rows, I, d_gates_factors,
-                         d_input + first * I, both_add);
         const std::vector<const T*> own_h_rows =
             gathered ? row_pointers<T>(h_before.data() + d * chunk_rows * P, rows, P) : std::vector<const T*>();
-        std::vector<RightFactor<T>> rights;
-        if (d_w.w_ih) rights.push_back({x_rows.data() + first, I, d_w.w_ih});
-        const RightFactor<T> h_factor = {gathered ? own_h_rows.data() : h_rows[d].data() + first, P, d_w.w_hh};
-        if (d_w.w_hh && normalized)
-          grouped_weight_gradients<T, A>(k, groups, task.d_products_hh, rows, columns, {h_factor}, nullptr, accumulate);
-        else if (d_w.w_hh)
-          rights.push_back(h_factor);
-        grouped_weight_gradients(k, groups, task.d_gates, rows, columns, rights, normalized ? nullptr : d_bias,
-                                 accumulate);
+        std::vector<RightFactor<T>> of_x, of_h;
+        if (d_w.w_ih) of_x.push_back({x_rows.data() + first, I, d_w.w_ih});
+        if (d_w.w_hh) of_h.push_back({gathered ? own_h_rows.data() : h_rows[d].data() + first, P, d_w.w_hh});
+        std::vector<LeftFactor<T>> lefts;
+        std::vector<SummedRows<T>> summed;
+        if (normalized) {
+          if (!of_x.empty()) lefts.push_back({task.d_products_ih, of_x, nullptr});
+          if (!of_h.empty()) lefts.push_back({task.d_products_hh, of_h, nullptr});
+          summed = norm_gradients(task, groups, rows, d_w.norm, d_bias);
+        } else if (d_bias || d_w.w_ih || d_w.w_hh) {
+          of_x.insert(of_x.end(), of_h.begin(), of_h.end());
+          lefts.push_back({task.d_gates, of_x, d_bias});
+        }
+        if (!lefts.empty() || !summed.empty())
+          grouped_weight_gradients(k, groups, lefts, rows, columns, summed, accumulate);
         if (d_bias && d_w.b_hh && d_w.b_hh != d_bias) std::copy_n(d_bias, stack.groups * columns, d_w.b_hh);
         if (d_w.w_hr) {
           const std::vector<const T*> hidden_rows = row_pointers<T>(task.hidden, rows, H);
-          grouped_weight_gradients<T, A>(k, groups, task.d_projected, rows, P, {{hidden_rows.data(), H, d_w.w_hr}},
-                                         nullptr, accumulate);
+          const LeftFactor<T> left = {task.d_projected, {{hidden_rows.data(), H, d_w.w_hr}}, nullptr};
+          grouped_weight_gradients<T, A>(k, groups, {left}, rows, P, {}, accumulate);
         }
       }
     });
