@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/fastlstm demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The operators' tests with kernels built for the address and undefined-behaviour sanitizers, AVX-512 emulated. GCC's
 # runtime library has to come before all others; Python itself is not free of leaks.

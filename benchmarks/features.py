@@ -151,7 +151,8 @@ def regularisers(T: int, B: int, H: int) -> Group:
         "weight_dropout": {"weight_dropout": 0.5},
         "recurrent_dropout": {"recurrent_dropout": 0.25},
         "zoneout": {"zoneout": (0.15, 0.5)},
-        "all of them": {"weight_dropout": 0.5, "recurrent_dropout": 0.25, "zoneout": (0.15, 0.5)},
+        "layer_norm": {"layer_norm": True},
+        "the four": {"weight_dropout": 0.5, "recurrent_dropout": 0.25, "zoneout": (0.15, 0.5), "layer_norm": True},
     }
     x = torch.randn(T, B, H, requires_grad=True)
     modules = {name: FastLSTM(H, H, **arguments) for name, arguments in given.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def build(root: Path = ROOT, target: str = "libemulated.so") -> Path:
     """
     folder = root / "build" / "host_cuda"
     folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        return _build(root, folder, target)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Other processes that ask for this folder wait: ninja does not tell whether another ninja is at work."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(root: Path, folder: Path, target: str) -> Path:
     includes = [root / "csrc/cuda", root / "csrc", root / "tests/host_cuda"]
     torch_lib = cpp_extension.library_paths()[0]
     compile_flags = [

@@ -1632,7 +1632,8 @@ def build(mutations: Sequence[Mutation] = MUTATIONS) -> Path:
     """Build the library that has all mutations."""
     built = emulated.ROOT / "build" / "host_cuda"
     if not (TREE / "build").exists() and built.exists():
-        shutil.copytree(built, TREE / "build" / "host_cuda")  # what has no mutation needs no other build
+        with emulated.alone_in(built):
+            shutil.copytree(built, TREE / "build" / "host_cuda")  # what has no mutation needs no other build
     wanted = set()
     for source in (*(emulated.ROOT / "csrc").rglob("*"), *(emulated.ROOT / "tests/host_cuda").iterdir()):
         if source.suffix not in (".cpp", ".cu", ".cuh", ".h"):
