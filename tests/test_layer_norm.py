@@ -133,7 +133,7 @@ def test_float32(case: Case, plan: str, isa: str) -> None:
 @pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
 def test_other_dtypes(case: Case, plan: str, isa: str, dtype: torch.dtype) -> None:
     if legal(case, plan):
-        with fastlstm.force(plan, isa):
+        with fastlstm.force(plan, isa, products="full"):
             check(replace(case, dtype=dtype))
 
 
