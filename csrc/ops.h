@@ -48,26 +48,6 @@ struct BackwardCall {
   int64_t groups;
 };
 
-// The operators as the dispatcher calls them: the schemas, in C++.
-using Forward = ForwardResult(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                              const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                              const OptionalTensor& reset_mask, const OptionalTensor& dropout_mask, int64_t num_layers,
-                              bool bidirectional, bool has_bias, bool reduced_products, bool save,
-                              const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-                              const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
-                              const OptionalTensor& zoneout_c, double zoneout_rate_h, double zoneout_rate_c,
-                              int64_t cell_layers, bool recompute, bool layer_norm);
-using Backward = BackwardResult(const OptionalTensor& d_y, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
-                                const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
-                                const Tensor& y, at::TensorList saved, const OptionalTensor& batch_sizes,
-                                const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-                                const OptionalTensor& dropout_mask, int64_t num_layers, bool bidirectional,
-                                bool has_bias, bool reduced_products, at::IntArrayRef needs,
-                                const OptionalTensor& d_cell_states, const OptionalTensor& reset_h,
-                                const OptionalTensor& reset_c, const OptionalTensor& recurrent_mask,
-                                const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double zoneout_rate_h,
-                                double zoneout_rate_c, int64_t groups, bool layer_norm);
-
 // What is registered for a backend that implements the operators as functions of the structs above.
 template <ForwardResult (*kImplementation)(const Call&, const Wanted&)>
 ForwardResult forward_kernel(const Tensor& x, at::TensorList weights, const Tensor& h_0, const Tensor& c_0,
@@ -133,6 +113,10 @@ BackwardResult backward_kernel(const OptionalTensor& d_y, const OptionalTensor& 
                           layer_norm},
                          {d_y, d_h_n, d_c_n, d_cell_states, y, saved, needs, groups});
 }
+
+// The operators as the dispatcher calls them: the schemas, in C++.
+using Forward = decltype(forward_kernel<nullptr>);
+using Backward = decltype(backward_kernel<nullptr>);
 
 // The operators as their users call them: with autocast, autograd and what else applies.
 ForwardResult lstm_operator(const Call& call, const Wanted& wanted);

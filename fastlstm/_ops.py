@@ -104,13 +104,10 @@ def _transformed(
 
 def _check(x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, options: Options) -> None:
     """What a kernel checks, where none runs; of values, those that can be read."""
-    single_step = options.batch_sizes is None and h_0.dim() == 2
-    if single_step:
-        checks.check_lstm_cell(x, weights, h_0, c_0, options.has_bias, options.extras.layer_norm)
+    if options.batch_sizes is None and h_0.dim() == 2:
+        checks.check_lstm_cell(x, weights, h_0, c_0, options.has_bias, options.reset_mask, options.extras)
     else:
-        checks.check_lstm(x, weights, h_0, c_0, *options[:-2], layer_norm=options.extras.layer_norm)
-    if options.extras is not NO_EXTRAS:
-        checks.check_extras(x, h_0, c_0, options.reset_mask, options.num_layers, **options.extras._asdict())
+        checks.check_lstm(x, weights, h_0, c_0, *options[:-2], options.extras)
 
 
 def _lstm_fake(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlstm._operators import NO_EXTRAS, Extras
 from fastlstm.reference import LAYER_NORM_WEIGHTS
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,8 +32,7 @@ def check_lstm(
     num_layers: int,
     bidirectional: bool,
     has_bias: bool,
-    *,
-    layer_norm: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> None:
     """Raise for the first argument of the operator that does not fit.
 
@@ -41,7 +41,7 @@ def check_lstm(
         RuntimeError: a size, dtype, device or value does not fit, or T = 0.
     """
     directions = 2 if bidirectional else 1
-    check_weight_count(weights, num_layers, directions, has_bias, layer_norm)
+    check_weight_count(weights, num_layers, directions, has_bias, extras.layer_norm)
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
     rank = 3 if batch_sizes is None else 2
     if x.dim() != rank:
@@ -82,28 +82,18 @@ def check_lstm(
     for k in range(num_layers * directions):
         count = len(weights) // (num_layers * directions)
         width = x.size(-1) if k < directions else directions * out_size
-        _check_weights(x, weights[k * count : (k + 1) * count], width, hidden_size, out_size, has_bias, layer_norm)
+        own_weights = weights[k * count : (k + 1) * count]
+        _check_weights(x, own_weights, width, hidden_size, out_size, has_bias, extras.layer_norm)
+    _check_extras(x, h_0, c_0, reset_mask, num_layers, extras)
 
 
-def check_extras(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    reset_mask: Tensor | None,
-    num_layers: int,
-    *,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    recurrent_mask: Tensor | None,
-    zoneout_h: Tensor | None,
-    zoneout_c: Tensor | None,
-    zoneout_rate_h: float,
-    zoneout_rate_c: float,
-    cell_layers: int,
-    recompute: bool,
-    layer_norm: bool,
+def _check_extras(
+    x: Tensor, h_0: Tensor, c_0: Tensor, reset_mask: Tensor | None, num_layers: int, extras: Extras
 ) -> None:
     """Raise RuntimeError for the first of the operator's rarer arguments that does not fit the ones before."""
+    if extras is NO_EXTRAS:
+        return
+    reset_h, reset_c, recurrent_mask, zoneout_h, zoneout_c, zoneout_rate_h, zoneout_rate_c, cell_layers, *_ = extras
     if (reset_h is None) != (reset_c is None) or (reset_h is not None and reset_mask is None):
         raise RuntimeError("reset_h and reset_c must be given together and with reset_mask")
     for name, factor, state in (
@@ -146,7 +136,13 @@ def check_regularisers(weight_dropout: float, recurrent_dropout: float, zoneout:
 
 
 def check_lstm_cell(
-    x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, has_bias: bool, layer_norm: bool = False
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h: Tensor,
+    c: Tensor,
+    has_bias: bool,
+    reset_mask: Tensor | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> None:
     """Raise for the first argument of a single step that does not fit.
 
@@ -154,7 +150,7 @@ def check_lstm_cell(
         ValueError: the dtype of x is not that of the weights, or the number of weights does not fit.
         RuntimeError: a size, dtype or device does not fit.
     """
-    check_weight_count(weights, 1, 1, has_bias, layer_norm)
+    check_weight_count(weights, 1, 1, has_bias, extras.layer_norm)
     hidden_size, out_size = weights[0].size(0) // 4, weights[1].size(1)
     if x.dim() != 2:
         raise RuntimeError(f"the input of a single step must have 2 dimensions, got {x.dim()}")
@@ -174,7 +170,8 @@ def check_lstm_cell(
     _check_input_dtype(x, weights[0])
     _check_state_dtypes(x, h, c)
     _check_devices(x, weights, h, c)
-    _check_weights(x, weights, x.size(1), hidden_size, out_size, has_bias, layer_norm)
+    _check_weights(x, weights, x.size(1), hidden_size, out_size, has_bias, extras.layer_norm)
+    _check_extras(x, h, c, reset_mask, 1, extras)
 
 
 def check_weight_count(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -156,6 +156,79 @@ def lstm(
         RuntimeError: a size, dtype or device does not fit, or T = 0.
         NotImplementedError: there is no kernel for the device of the input.
     """
+    asked = variant(reset_hx, weight_dropout, recurrent_dropout, zoneout, return_cell_states, recompute, layer_norm)
+    return run(
+        input,
+        weights,
+        hx,
+        num_layers,
+        bidirectional,
+        bias,
+        batch_first,
+        dropout,
+        training,
+        batch_sizes,
+        lengths,
+        reset_mask,
+        asked,
+    )
+
+
+class Variant(NamedTuple):
+    """What a call asks for that nn.LSTM does not have; see :func:`lstm`."""
+
+    reset_hx: State | None
+    weight_dropout: float
+    recurrent_dropout: float
+    zoneout: tuple[float, float]
+    return_cell_states: bool | str
+    recompute: bool
+    layer_norm: bool
+
+    @property
+    def regularises(self) -> bool:
+        """Whether masks are drawn in training."""
+        return bool(self.weight_dropout or self.recurrent_dropout) or self.zoneout != (0.0, 0.0)
+
+
+PLAIN = Variant(None, 0.0, 0.0, (0.0, 0.0), False, False, False)
+
+
+def variant(
+    reset_hx: State | None,
+    weight_dropout: float,
+    recurrent_dropout: float,
+    zoneout: tuple[float, float],
+    return_cell_states: bool | str,
+    recompute: bool,
+    layer_norm: bool,
+) -> Variant:
+    """The Variant of these, which is PLAIN itself if they ask for nothing."""
+    if (
+        reset_hx is None
+        and not (weight_dropout or recurrent_dropout or return_cell_states or recompute or layer_norm)
+        and zoneout == (0.0, 0.0)
+    ):
+        return PLAIN
+    return Variant(reset_hx, weight_dropout, recurrent_dropout, zoneout, return_cell_states, recompute, layer_norm)
+
+
+def run(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx: State | None,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    variant: Variant,
+) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
+    """:func:`lstm` with arguments in order: matching them by name would be felt in a step of streaming inference."""
     if reset_mask is not None:
         checks.check_reset_mask(reset_mask, input.shape[:-1])
     x, unbatched = input, False
@@ -174,7 +247,7 @@ def lstm(
             x = input.transpose(0, 1)
             reset_mask = reset_mask if reset_mask is None else reset_mask.transpose(0, 1)
     if hx is None:
-        h_0, c_0 = _zero_states(x, weights, batch_sizes, num_layers, bidirectional, bias, layer_norm)
+        h_0, c_0 = _zero_states(x, weights, batch_sizes, num_layers, bidirectional, bias, variant.layer_norm)
     else:
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
@@ -188,11 +261,10 @@ def lstm(
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
     structure = (num_layers, bidirectional, bias)
     draw = bool(dropout) and training and num_layers > 1
-    regularised = bool(weight_dropout or recurrent_dropout) or zoneout != (0.0, 0.0)
-    extras = NO_EXTRAS
-    if regularised or reset_hx is not None or return_cell_states or recompute or layer_norm:
-        extras = _extras(num_layers, reset_mask, reset_hx, unbatched, return_cell_states, recompute, layer_norm)
-        checks.check_regularisers(weight_dropout, recurrent_dropout, zoneout)
+    extras, regularised = NO_EXTRAS, False
+    if variant is not PLAIN:
+        extras, regularised = _extras(variant, num_layers, reset_mask, unbatched), variant.regularises
+        checks.check_regularisers(variant.weight_dropout, variant.recurrent_dropout, variant.zoneout)
     if draw or (regularised and training) or torch.compiler.is_compiling():
         # Before the draw: a call that fails leaves the generator as it was.
         _check(input, x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, None, *structure, extras)
@@ -200,8 +272,8 @@ def lstm(
     if regularised:
         if training:
             per_direction = len(weights) // (num_layers * (1 + bidirectional))
-            weights = _drop_weights(weights, weight_dropout, per_direction)
-        extras = _regularisers(extras, x, h_0, c_0, recurrent_dropout, zoneout, training)
+            weights = _drop_weights(weights, variant.weight_dropout, per_direction)
+        extras = _regularisers(extras, variant, x, h_0, c_0, training)
 
     arguments = (x, weights, h_0, c_0, batch_sizes, lengths, reset_mask, mask, *structure, extras)
     try:
@@ -221,7 +293,7 @@ def lstm(
         cells = cells.squeeze(2)
     elif batch_first and batch_sizes is None:
         cells = cells.transpose(1, 2)
-    return y, (h_n, c_n), (cells if return_cell_states == "all" else cells.squeeze(0))
+    return y, (h_n, c_n), (cells if variant.return_cell_states == "all" else cells.squeeze(0))
 
 
 def lstm_cell(
@@ -314,18 +386,11 @@ def _draw_dropout_mask(x: Tensor, p: float, layers: int, features: int) -> Tenso
     return mask.div_(1 - p)
 
 
-def _extras(
-    num_layers: int,
-    reset_mask: Tensor | None,
-    reset_hx: State | None,
-    unbatched: bool,
-    return_cell_states: bool | str,
-    recompute: bool,
-    layer_norm: bool,
-) -> Extras:
+def _extras(variant: Variant, num_layers: int, reset_mask: Tensor | None, unbatched: bool) -> Extras:
     """Those of the operator that are no regularisers."""
-    if return_cell_states not in (True, False, "all"):
-        raise ValueError(f'return_cell_states must be True, False or "all", got {return_cell_states!r}')
+    reset_hx, returned = variant.reset_hx, variant.return_cell_states
+    if returned not in (True, False, "all"):
+        raise ValueError(f'return_cell_states must be True, False or "all", got {returned!r}')
     reset_h, reset_c = None, None
     if reset_hx is not None:
         if len(reset_hx) != 2:
@@ -333,8 +398,13 @@ def _extras(
         if reset_mask is None:
             raise RuntimeError("reset_hx must come with a reset_mask, which says where these states are set")
         reset_h, reset_c = (state.unsqueeze(1) for state in reset_hx) if unbatched else reset_hx
-    cell_layers = num_layers if return_cell_states == "all" else int(return_cell_states)
-    return Extras(reset_h=reset_h, reset_c=reset_c, cell_layers=cell_layers, recompute=recompute, layer_norm=layer_norm)
+    return Extras(
+        reset_h=reset_h,
+        reset_c=reset_c,
+        cell_layers=num_layers if returned == "all" else int(returned),
+        recompute=variant.recompute,
+        layer_norm=variant.layer_norm,
+    )
 
 
 def _drop_weights(weights: Sequence[Tensor], p: float, per_direction: int) -> list[Tensor]:
@@ -362,20 +432,13 @@ def _draw_marks(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     return (bits.view(torch.int16)[:count] < round(p * 2**16) - 2**15).view(shape)
 
 
-def _regularisers(
-    extras: Extras,
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    recurrent_dropout: float,
-    zoneout: tuple[float, float],
-    training: bool,
-) -> Extras:
+def _regularisers(extras: Extras, variant: Variant, x: Tensor, h_0: Tensor, c_0: Tensor, training: bool) -> Extras:
     """With the masks drawn that apply to a call in training, or the averages that do to others."""
+    zoneout = variant.zoneout
     if not training:
         return extras._replace(zoneout_rate_h=float(zoneout[0]), zoneout_rate_c=float(zoneout[1]))
-    if recurrent_dropout:
-        extras = extras._replace(recurrent_mask=_drop(torch.ones_like(h_0), recurrent_dropout))
+    if variant.recurrent_dropout:
+        extras = extras._replace(recurrent_mask=_drop(torch.ones_like(h_0), variant.recurrent_dropout))
 
     def draw(state: Tensor, p: float) -> Tensor | None:
         shape = (state.size(0), *x.shape[:-1], state.size(-1))
@@ -388,11 +451,7 @@ def _check(input: Tensor, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0
     """Raise for what is wrong with the arguments of :func:`lstm`, if anything is; ``input`` is the caller's."""
     if input.dim() == 3:  # the states of unbatched input have been checked, and have a dimension more than they had
         _check_state_rank(input, h_0, c_0)
-    *plain, extras = options
-    checks.check_lstm(x, weights, h_0, c_0, *plain, layer_norm=extras.layer_norm)
-    if extras is not NO_EXTRAS:
-        _, _, reset_mask, _, num_layers, *_ = plain
-        checks.check_extras(x, h_0, c_0, reset_mask, num_layers, **extras._asdict())
+    checks.check_lstm(x, weights, h_0, c_0, *options)
 
 
 def _check_cell(hx: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], h: Tensor, c: Tensor, bias: bool) -> None:

@@ -240,34 +240,41 @@ class FastLSTM(nn.RNNBase):
             return self._forward_packed(input, weights, hx, lengths, reset_mask, reset_hx, return_cell_states)
         if isinstance(reset_mask, PackedSequence):
             raise TypeError("reset_mask must be a tensor like the input, got a PackedSequence")
-        outputs: tuple[Tensor, State] | tuple[Tensor, State, Tensor] = self._run(
-            input,
-            weights,
-            hx,
-            batch_first=self.batch_first,
-            lengths=lengths,
-            reset_mask=reset_mask,
-            reset_hx=reset_hx,
-            return_cell_states=return_cell_states,
-        )
-        return outputs
+        return self._run(input, weights, hx, None, lengths, reset_mask, reset_hx, return_cell_states)
 
-    def _run(self, input: Tensor, weights: list[Tensor], hx: State | None, **arguments: Any) -> Any:
-        return functional.lstm(
+    def _run(
+        self,
+        input: Tensor,
+        weights: list[Tensor],
+        hx: State | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset_mask: Tensor | None,
+        reset_hx: State | None,
+        return_cell_states: bool | Literal["all"],
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
+        return functional.run(
             input,
             weights,
             hx,
-            num_layers=self.num_layers,
-            bidirectional=self.bidirectional,
-            bias=self.bias,
-            dropout=self.dropout,
-            training=self.training,
-            weight_dropout=self.weight_dropout,
-            recurrent_dropout=self.recurrent_dropout,
-            zoneout=self.zoneout,
-            recompute=self.recompute,
-            layer_norm=self.layer_norm,
-            **arguments,
+            self.num_layers,
+            self.bidirectional,
+            self.bias,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            batch_sizes,
+            lengths,
+            reset_mask,
+            functional.variant(
+                reset_hx,
+                self.weight_dropout,
+                self.recurrent_dropout,
+                self.zoneout,
+                return_cell_states,
+                self.recompute,
+                self.layer_norm,
+            ),
         )
 
     def _forward_packed(
@@ -291,11 +298,11 @@ class FastLSTM(nn.RNNBase):
             rows,
             weights,
             hx if hx is None else self.permute_hidden(hx, sorted_indices),
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            reset_mask=None if reset_mask is None else reset_mask.data,
-            reset_hx=reset_hx if reset_hx is None else self.permute_hidden(reset_hx, sorted_indices),
-            return_cell_states=return_cell_states,
+            batch_sizes,
+            lengths,
+            None if reset_mask is None else reset_mask.data,
+            reset_hx if reset_hx is None else self.permute_hidden(reset_hx, sorted_indices),
+            return_cell_states,
         )
 
         def packed(rows: Tensor) -> PackedSequence:

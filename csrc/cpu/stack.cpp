@@ -73,6 +73,12 @@ void multiply_elements(const T* a, const T* b, T* out, int64_t n) {
   });
 }
 
+// f(rows) for the rows of a matrix, over all threads.
+template <class F>
+void for_rows(int64_t rows, int64_t columns, const F& f) {
+  parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
+}
+
 // Packs all panels of one matrix, shared among threads unless it is small.
 template <class Pack>
 void pack_panels(int64_t panels, int64_t elements, const Pack& pack) {
@@ -117,8 +123,8 @@ class Factors {
     } else {
       if (rows * terms<A>(K) > capacity_) rounded_.emplace(capacity_ = rows * terms<A>(K));
       A* const out = rounded_->data();
-      parallel(rows, kElementwiseGrain / K + 1, [&](int64_t begin, int64_t end) {
-        kernels_.round_rows(values + begin * K, end - begin, K, out + begin * terms<A>(K));
+      for_rows(rows, K, [&](Range r) {
+        kernels_.round_rows(values + r.begin * K, r.end - r.begin, K, out + r.begin * terms<A>(K));
       });
       return out;
     }
@@ -129,12 +135,6 @@ class Factors {
   std::optional<Buffer<A>> rounded_;
   int64_t capacity_ = 0;
 };
-
-// f(rows) for the rows of a matrix, over all threads.
-template <class F>
-void for_rows(int64_t rows, int64_t columns, const F& f) {
-  parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
-}
 
 // out [rows, columns] (+)= a [rows, depth] * packed matrix, over all threads; then finish(rows), if that is given.
 template <class T, class A, class Finish = std::nullptr_t>
@@ -334,11 +334,11 @@ void forward_stepwise(const ForwardTask<T, T>& task, const T* w_hr, const Kernel
       matmul<T>(gates.rows_from(running, rows - running), dense(task.h_0 + running * task.P, rows - running, task.P),
                 w_hh, !normalized);
     }
-    parallel(rows, kElementwiseGrain / (kGates * task.H) + 1, [&](int64_t begin, int64_t end) {
+    for_rows(rows, kGates * task.H, [&](Range r) {
       if (normalized)
-        k.forward_normalized(task, t, {begin, end});
+        k.forward_normalized(task, t, r);
       else
-        k.forward_cells(task, GateProduct::kDone, t, {begin, end}, {0, blocks}, nullptr);
+        k.forward_cells(task, GateProduct::kDone, t, r, {0, blocks}, nullptr);
     });
     if (!task.hidden) continue;
     matmul<T>({task.y + schedule.offsets[t] * task.y_stride, rows, task.P, task.y_stride},
@@ -659,11 +659,11 @@ void backward_stepwise(const BackwardTask<T, T>& task, const Weights<const T>& w
       matmul<T>(dense(task.d_hidden, rows, task.H),
                 dense<const T>(task.d_projected_terms.at(schedule, t), rows, task.P), dense(w.w_hr, task.P, task.H));
     }
-    parallel(rows, kElementwiseGrain / columns + 1, [&](int64_t begin, int64_t end) {
+    for_rows(rows, columns, [&](Range r) {
       if (task.norm.active())
-        k.backward_normalized(task, t, {begin, end});
+        k.backward_normalized(task, t, r);
       else
-        k.backward_cells(task, t, {begin, end}, {0, panels});
+        k.backward_cells(task, t, r, {0, panels});
     });
   }
   if (needs_d_h) recurrent(backward_step(task, steps.end - 1));
@@ -689,8 +689,8 @@ std::vector<const T*> previous_rows(const BackwardTask<T, A>& task, const T* y, 
 // Copies of these rows of K values.
 template <class T>
 void gather_rows(const T* const* from, int64_t rows, int64_t K, T* to) {
-  parallel(rows, kElementwiseGrain / K + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) std::copy_n(from[r], K, to + r * K);
+  for_rows(rows, K, [&](Range range) {
+    for (int64_t r = range.begin; r < range.end; ++r) std::copy_n(from[r], K, to + r * K);
   });
 }
 
