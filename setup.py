@@ -24,9 +24,11 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 OLDEST_TORCH = (2, 11)
-# Newer GPUs run the PTX of 8.0. No kernel has instructions of a newer GPU, so that PTX serves all targets: making it
-# takes the compiler as long as making two targets of it.
+# Newer GPUs run the PTX of 8.0. Kernels but those of WARPGROUP_SOURCES have no instruction of a newer GPU, so that PTX
+# serves all targets: making it takes the compiler as long as making two targets of it.
 CUDA_TARGETS = "8.0+PTX;8.9;9.0a;10.0a"
+WARPGROUP_SOURCES = "warpgroup_*.cu"
+WARPGROUP_TARGETS = {"sm_90a": "compute_90a"}
 
 
 def flag(name: str, default: str = "0") -> bool:
@@ -70,16 +72,26 @@ def cuda_targets(nvcc: str) -> dict[str, str]:
     return targets or sys.exit(f"TORCH_CUDA_ARCH_LIST must list a version from 8.0 on, got {listed!r}")
 
 
-def compile_kernels(command: list[str], folder: Path) -> list[str]:
+def for_targets(targets: dict[str, str]) -> list[str]:
+    return [f"-gencode=arch={virtual},code={target}" for target, virtual in targets.items()]
+
+
+def compile_kernels(command: list[str], targets: dict[str, str], folder: Path) -> list[str]:
     """The objects of csrc/cuda/*.cu, compiled where the file, its headers or the command changed."""
+
+    def flags(source: Path) -> str:
+        if source.match(WARPGROUP_SOURCES) and WARPGROUP_TARGETS.keys() <= targets.keys():
+            return shlex.join([*for_targets(WARPGROUP_TARGETS), "-DFASTLSTM_WARPGROUPS"])
+        return shlex.join(for_targets(targets))
 
     def escape(path: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path.resolve()))
 
     objects = {folder / f"{source.stem}.o": source for source in sorted(Path("csrc/cuda").glob("*.cu"))}
-    rule = shlex.join(command).replace("$", "$$") + " -MD -MF $out.d -c $in -o $out"
+    rule = shlex.join(command).replace("$", "$$") + " $flags -MD -MF $out.d -c $in -o $out"
     lines = ["rule nvcc", f"  command = {rule}", "  depfile = $out.d", "  deps = gcc"]
-    lines += [f"build {escape(kernel)}: nvcc {escape(source)}" for kernel, source in objects.items()]
+    for kernel, source in objects.items():
+        lines += [f"build {escape(kernel)}: nvcc {escape(source)}", f"  flags = {flags(source)}"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "ninja", "-C", folder, "-j", os.environ["MAX_JOBS"]], check=True)
@@ -109,7 +121,6 @@ def main() -> None:
         nvcc_command = [nvcc, "-std=c++20", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden,-Wall"]
         nvcc_command += ["--expt-relaxed-constexpr"]  # kernels share constexpr functions with the planner
         nvcc_command += ["--threads=0"]  # compiles for the targets side by side: the largest file takes minutes
-        nvcc_command += [f"-gencode=arch={virtual},code={target}" for target, virtual in targets.items()]
         nvcc_command += ["-DFASTLSTM_CUDA_DEBUG", "-lineinfo"] if flag("FASTLSTM_CUDA_DEBUG") else []
         # The nvcc found may be a script that starts another one, so it is asked where its headers and libraries are.
         said = answer(nvcc, "--dryrun", "-x", "cu", os.devnull)
@@ -124,7 +135,7 @@ def main() -> None:
             # Ninja finds what has changed, flags too; setuptools would look at the dates of files alone.
             self.force = True
             if nvcc:
-                kernels = compile_kernels(nvcc_command, Path(self.build_temp).resolve() / "kernels")
+                kernels = compile_kernels(nvcc_command, targets, Path(self.build_temp).resolve() / "kernels")
                 self.extensions[0].extra_objects += kernels
             super().build_extensions()
 

@@ -73,10 +73,10 @@ py::dict plan_for(int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t
 }
 
 // The limits of a GPU of this machine.
-std::tuple<int, int, int64_t, double> cuda_device(int index) {
+std::tuple<int, int, int64_t, double, bool> cuda_device(int index) {
 #ifdef FASTLSTM_CUDA
   const cuda::Device& limits = cuda::limits_of(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
-  return {limits.sms, limits.shared_bytes, limits.l2_bytes, limits.gigahertz};
+  return {limits.sms, limits.shared_bytes, limits.l2_bytes, limits.gigahertz, limits.warpgroups};
 #else
   throw std::invalid_argument("device must be the name of a GPU model: this build of fastlstm has no CUDA kernels");
 #endif
@@ -100,12 +100,12 @@ py::dict cuda_pass_to_dict(const cuda::PassPlan& pass, const Problem& problem) {
 
 py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
                        const std::string& element_text, bool training, bool step_extras, int sms, int shared_bytes,
-                       int64_t l2_bytes, double gigahertz) {
+                       int64_t l2_bytes, double gigahertz, bool warpgroups) {
   const int64_t compute_bytes = element_text == "float64" ? 8 : 4;
   const Problem problem = {T,        B,     T * B,       I,    H, P, layers, directions, compute_bytes,
                            training, false, step_extras, false};
   const auto element = parse_name("element", element_text, cuda::elements(), cuda::element_name);
-  const cuda::Device device = {sms, shared_bytes, l2_bytes, gigahertz};
+  const cuda::Device device = {sms, shared_bytes, l2_bytes, gigahertz, warpgroups};
   py::dict d;
   d["forward"] = cuda_pass_to_dict(cuda::plan_forward(problem, element, device, cuda::forced()), problem);
   d["backward"] = py::none();
@@ -116,11 +116,13 @@ py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, in
 
 std::vector<py::dict> cuda_kernels() {
   std::vector<py::dict> kernels;
+  const bool warpgroups = std::string_view(FASTLSTM_CUDA_TARGETS).find("sm_90a") != std::string_view::npos;
   for (const cuda::CompiledKernel& kernel : cuda::compiled_kernels()) {
+    if (kernel.family == cuda::Family::kWarpgroup && !warpgroups) continue;
     py::dict d;
     d["function"] = std::string(cuda::family_name(kernel.family)) + (kernel.backward ? "_backward" : "_forward");
     d["element"] = cuda::element_name(kernel.element);
-    d["sizes"] = std::make_pair(kernel.octets, kernel.size);
+    d["sizes"] = kernel.sizes;
     d["shared_bytes"] = std::make_pair(kernel.least_shared_bytes, kernel.most_shared_bytes);
     kernels.push_back(d);
   }
@@ -238,7 +240,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device", &cuda_device, py::arg("index"));
   m.def("cuda_plan_for", &cuda_plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("element"), py::arg("training"),
-        py::arg("step_extras"), py::arg("sms"), py::arg("shared_bytes"), py::arg("l2_bytes"), py::arg("gigahertz"));
+        py::arg("step_extras"), py::arg("sms"), py::arg("shared_bytes"), py::arg("l2_bytes"), py::arg("gigahertz"),
+        py::arg("warpgroups"));
   m.def("apply", &apply, py::arg("function"), py::arg("isa"), py::arg("values"));
   m.def("time_kernels", &time_kernels, py::arg("threads"), py::arg("seconds_each"));
   m.def("plans", [] { return names(families(), family_name); });

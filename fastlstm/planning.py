@@ -82,20 +82,21 @@ class CudaPlan:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The limits of a GPU that plans depend on: SMs, bytes of shared memory of a block and of L2, clock in GHz."""
+    """What plans depend on: SMs, bytes of shared memory of a block and of L2, clock in GHz, products of warpgroups."""
 
     sms: int
     shared_bytes: int
     l2_bytes: int
     gigahertz: float
+    warpgroups: bool = False
 
 
 #: GPUs for which :func:`plan` can be asked on any machine.
 GPUS = {
     "A100": Gpu(108, 163 * 1024, 40 << 20, 1.41),
     "L4": Gpu(58, 99 * 1024, 48 << 20, 2.04),
-    "H100": Gpu(132, 227 * 1024, 50 << 20, 1.98),
-    "H200": Gpu(132, 227 * 1024, 50 << 20, 1.98),
+    "H100": Gpu(132, 227 * 1024, 50 << 20, 1.98, warpgroups=True),
+    "H200": Gpu(132, 227 * 1024, 50 << 20, 1.98, warpgroups=True),
     "B200": Gpu(148, 227 * 1024, 126 << 20, 1.97),
 }
 
@@ -214,7 +215,8 @@ def _cuda_plan(
     element = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and _ops.reduced_products_permitted("cuda"):
         element = "tf32"
-    found = _C.cuda_plan_for(**sizes, element=element, training=training, step_extras=step_extras, **asdict(gpu))
+    limits: dict[str, Any] = {**sizes, **asdict(gpu)}
+    found = _C.cuda_plan_for(**limits, element=element, training=training, step_extras=step_extras)
     forward, backward = found["forward"], found["backward"]
     return CudaPlan(
         forward=forward["family"],

@@ -32,8 +32,6 @@ from fastlstm.bench.workload import tf32_products
 from fastlstm.verify import compare
 
 DEVICE = "cuda"
-FAMILIES = ("stepwise", "streamed", "resident", "persistent")
-HIDDEN_OF_FAMILIES = [("stepwise", 40), ("streamed", 40), ("resident", 40), ("persistent", 40), ("persistent", 512)]
 PRECISIONS = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -54,6 +52,12 @@ def reason_to_skip() -> str:
 
 if reason_to_skip():
     pytest.skip(reason_to_skip(), allow_module_level=True)
+
+FAMILIES = ("stepwise", "streamed", "resident", "persistent")
+HIDDEN_OF_FAMILIES = [("stepwise", 40), ("streamed", 40), ("resident", 40), ("persistent", 40), ("persistent", 512)]
+if torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in fastlstm.build_info()["cuda"]:
+    FAMILIES += ("warpgroup",)
+    HIDDEN_OF_FAMILIES += [("warpgroup", 40), ("warpgroup", 512)]
 
 pytestmark = [
     pytest.mark.cuda,
@@ -315,7 +319,14 @@ def reaches(family: str, precision: str, H: int) -> bool:
     """Whether a family runs this hidden size, without a projection, on a GPU with enough multiprocessors."""
     if family == "stepwise" or precision == "fp64":
         return family == "stepwise"
-    largest = {"resident": (128, 64, 32), "persistent": (2048, 1024, 512), "streamed": (H, H, H)}[family]
+    if family == "warpgroup" and H % 8 != 0:
+        return False
+    largest = {
+        "resident": (128, 64, 32),
+        "persistent": (2048, 1024, 512),
+        "streamed": (H, H, H),
+        "warpgroup": (2048, 1024, 0),
+    }[family]
     return largest[{"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}[precision]] >= H
 
 
@@ -391,8 +402,15 @@ def test_families_in_full_float32(case: Case, precision: str, family: str) -> No
     check(case, precision, family)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-@pytest.mark.parametrize(("family", "H"), [("resident", 32), ("persistent", 32), ("persistent", 256)])
+@pytest.mark.parametrize(
+    ("family", "H", "precision"),
+    [
+        (family, H, precision)
+        for family, H in [("resident", 32), *((f, H) for f in FAMILIES[3:] for H in (32, 256))]
+        for precision in ("bf16", "tf32", "fp32")
+        if reaches(family, precision, H)
+    ],
+)
 def test_layers_at_the_same_time(family: str, H: int, precision: str) -> None:
     plain = Case(T=13, B=9, I=6, H=H, L=3)
     for case in (
@@ -414,6 +432,9 @@ def test_layers_at_the_same_time(family: str, H: int, precision: str) -> None:
         ("resident", "fp32", Case(T=2, B=4, I=6, H=72)),
         ("persistent", "bf16", Case(T=2, B=4, I=6, H=4104)),
         ("persistent", "fp32", Case(T=2, B=4, I=6, H=2048)),
+        ("warpgroup", "bf16", Case(T=2, B=4, I=6, H=33)),
+        ("warpgroup", "fp32", Case(T=2, B=4, I=6, H=64)),
+        ("warpgroup", "tf32", Case(T=2, B=4, I=6, H=2048)),
     ],
     ids=str,
 )
@@ -458,6 +479,8 @@ def test_steps_with_extras(extra: str, precision: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_computed_again(family: str, precision: str) -> None:
     for layout, (L, D), H in itertools.product(cases.LAYOUTS, [(3, 1), (2, 2)], (33, 64)):
+        if not reaches(family, precision, H):
+            continue
         case = cases.Case(family, precision, T=4, B=9, I=5, H=H, L=L, D=D, resets=0.2, dropout=True, **layout)
         _check_by_bounds(replace(case, recompute=True))
 
@@ -835,6 +858,7 @@ DETERMINISM = [
     ("persistent", Case(T=40, B=64, I=24, H=512)),
     ("persistent", Case(T=20, B=300, I=24, H=256, D=2)),
     ("persistent", Case(T=20, B=17, I=24, H=1024)),
+    *((f, Case(T=40, B=B, I=24, H=H)) for f in FAMILIES[4:] for B, H in ((64, 512), (300, 1024))),
 ]
 
 
@@ -964,7 +988,7 @@ def _capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 GRAPHS = [("stepwise", 40), ("streamed", 40), *((f, H) for f in ("resident", "persistent") for H in (64, 128))]
-GRAPHS += [("persistent", 512)]
+GRAPHS += [(family, 512) for family in FAMILIES[3:]]
 
 
 @pytest.mark.parametrize(("family", "H"), GRAPHS)

@@ -20,10 +20,21 @@ from host_cuda import emulated
 from host_cuda.cases import DEVICES, EXTRAS, LAYOUTS, Case, check, computed, make_inputs, random_case
 from torch import Tensor
 
-FUSED = ["resident", "persistent"]  # they keep weights in CTAs
+FUSED = ["resident", "persistent", "warpgroup"]  # they keep weights in CTAs
 OURS = ["streamed", *FUSED]  # they take the recurrent products themselves
 FAMILIES = ["stepwise", *OURS]
 MULTIPLIED = ["bf16", "fp16", "tf32", "fp32"]  # by tensor cores
+
+
+def with_elements(families: list[str]) -> list[tuple[str, str]]:
+    """Each family with each element that its tensor cores multiply; stepwise multiplies all."""
+    return [(f, e) for f in families for e in MULTIPLIED if (f, e) != ("warpgroup", "fp32")]
+
+
+def fitting(family: str, H: int) -> int:
+    """The next hidden size that a family can have: warpgroup has whole octets."""
+    return -(-H // 8) * 8 if family == "warpgroup" else H
+
 
 CASES_PER_FAMILY = 200
 CASES_PER_TEST = 20
@@ -86,10 +97,11 @@ def test_extras_of_steps(extra: str, element: str) -> None:
 @pytest.mark.parametrize("kind", BACKWARD)
 def test_ways_of_backward(kind: str, family: str) -> None:
     options = BACKWARD[kind]
-    for element, layout, (L, D) in itertools.product(MULTIPLIED, LAYOUTS, [(1, 2), (3, 1)]):
+    elements = [element for _, element in with_elements([family])]
+    for element, layout, (L, D) in itertools.product(elements, LAYOUTS, [(1, 2), (3, 1)]):
         if "batch_sizes" in layout and "groups" in options:
             continue
-        case = Case(family, element, T=4, B=9, I=2, H=20, L=L, D=D, dropout=L > 1, **options | layout)
+        case = Case(family, element, T=4, B=9, I=2, H=fitting(family, 20), L=L, D=D, dropout=L > 1, **options | layout)
         check(replace(case, resets=0.2 if L > 1 else 0))
 
 
@@ -103,8 +115,7 @@ def test_gates_that_are_computed_again_are_not_saved() -> None:
 # ---------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize(("family", "element"), with_elements(OURS))
 @pytest.mark.parametrize("place", ["x", "h_0", "c_0", "w_hh", "d_y"])
 def test_nan_goes_where_it_belongs(family: str, element: str, place: str) -> None:
     """One NaN reaches exactly the results that depend on it, and no wait is endless."""
@@ -113,13 +124,14 @@ def test_nan_goes_where_it_belongs(family: str, element: str, place: str) -> Non
     ragged = {"batch_sizes": (10, 8, 5, 2)} if place[0] in "hcw" else {"lengths": (4, 2, 0, 4, 1, 3, 4, 4, 3, 2)}
     sequences = [{}, ragged, {"resets": 0.3}]
     for directions, more in itertools.product([1, 2], sequences):
-        case = Case(family, element, T=4, B=10, I=2, H=20, D=directions, seed=draw.randrange(2**32), **more)
+        case = Case(
+            family, element, T=4, B=10, I=2, H=fitting(family, 20), D=directions, seed=draw.randrange(2**32), **more
+        )
         sizes = {"x": 50, "h_0": 200, "c_0": 200, "w_hh": 1600, "d_y": 500 * directions}
         check(replace(case, nan_at=(place, draw.randrange(sizes[place]))))
 
 
-@pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize(("family", "element"), with_elements(OURS))
 def test_initial_states_of_any_size(family: str, element: str) -> None:
     """Of what CTAs exchange, only h_0 can be larger than 1, and its bits are those that say to which step it belongs.
 
@@ -127,7 +139,9 @@ def test_initial_states_of_any_size(family: str, element: str) -> None:
     """
     for scale, directions in itertools.product([2, 100, 1e4], [1, 2]):
         for lengths in (None, (5, 0, 3)):
-            case = Case(family, element, T=5, B=3, I=2, H=20, D=directions, lengths=lengths, h_0_scale=scale)
+            case = Case(
+                family, element, T=5, B=3, I=2, H=fitting(family, 20), D=directions, lengths=lengths, h_0_scale=scale
+            )
             check(replace(case, weight_scale=1 / scale))
 
 
@@ -214,13 +228,50 @@ def test_resident_variants(backward: bool) -> None:
                 check(replace(case, forward_shape=(octets, 0, 0)), backward=False)
 
 
+def warpgroup_variants(name: str) -> list[tuple[int, int, int, int]]:
+    """Of a list in layout.h: octets, blocks of a warpgroup, column tiles, and the blocks of the next smaller one."""
+    text = (emulated.ROOT / "csrc/cuda/layout.h").read_text()
+    found = re.search(rf"{name}\[\] = \{{(.*?)\}};", text, re.DOTALL)
+    assert found, f"layout.h has no list of {name}"
+    shapes = [(int(a), int(b), int(c)) for a, b, c in re.findall(r"\{(\d+), (\d+), (\d+)\}", found[1])]
+    return [
+        (octets, blocks, tiles, max((b for o, b, t in shapes if (o, t) == (octets, tiles) and b < blocks), default=0))
+        for octets, blocks, tiles in shapes
+    ]
+
+
+@pytest.mark.parametrize(("octets", "blocks", "tiles", "before"), warpgroup_variants("kWarpgroupForwardVariants"))
+def test_warpgroup_forward_variant(octets: int, blocks: int, tiles: int, before: int) -> None:
+    for element in ("bf16", "tf32") if blocks <= 8 else ("bf16",):
+        H = units_of_blocks(element, 2 * before, backward=False) + 24
+        case = Case("warpgroup", element, T=3 if blocks <= 8 else 2, B=8 * tiles - 3, I=1, H=H)
+        check(replace(case, forward_shape=(octets, tiles)), backward=False)
+
+
+@pytest.mark.parametrize(("octets", "blocks", "tiles", "before"), warpgroup_variants("kWarpgroupBackwardVariants"))
+def test_warpgroup_backward_variant(octets: int, blocks: int, tiles: int, before: int) -> None:
+    for element in ("bf16", "tf32") if blocks <= 8 else ("bf16",):
+        H = units_of_blocks(element, 8 * before, backward=True) + 24
+        case = Case("warpgroup", element, T=3 if blocks <= 8 else 2, B=8 * tiles - 3, I=1, H=H)
+        check(replace(case, backward_shape=(octets, tiles)), forward_family="stepwise")
+
+
 # ---------------------------------------------------------------------------------------------------- equal bits
 
 
-@pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "element"), with_elements(FAMILIES))
 def test_every_schedule_gives_the_same_bits(family: str, element: str) -> None:
-    case = Case(family, element, T=4, B=11, I=3, H=27, D=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4, 4, 2), resets=0.2)
+    case = Case(
+        family,
+        element,
+        T=4,
+        B=11,
+        I=3,
+        H=fitting(family, 27),
+        D=2,
+        lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4, 4, 2),
+        resets=0.2,
+    )
     inputs = make_inputs(case)
     first = computed(case, inputs)
     for seed in range(1, 10):
@@ -240,8 +291,7 @@ def test_memory_as_earlier_launches_left_it(family: str) -> None:
             assert equal(computed(replace(case, poison=False), inputs), clean), f"T {T}, seed {seed}, after {steps}"
 
 
-@pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize(("family", "element"), with_elements(OURS))
 def test_rows_do_not_depend_on_their_batch(family: str, element: str) -> None:
     # One feature: gates_x is then exact, whatever order torch's products add in.
     case = Case(family, element, T=3, B=19, I=1, H=24)
@@ -270,15 +320,14 @@ def test_waves() -> None:
         assert equal(in_turn, at_once)
 
 
-@pytest.mark.parametrize("element", MULTIPLIED)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize(("family", "element"), with_elements(FUSED))
 def test_a_pass_in_several_runs(family: str, element: str) -> None:
     """States go from launch to launch in full precision: nothing depends on where a pass is cut."""
     # One feature: gates_x is then exact, whatever order torch's products add in.
     for directions, more in itertools.product(
         [1, 2], [{}, {"resets": 0.2, "lengths": (13, 0, 4, 5, 8, 12, 20, 13, 1)}]
     ):
-        case = Case(family, element, T=13, B=9, I=1, H=20, D=directions, h_0_scale=5, **more)
+        case = Case(family, element, T=13, B=9, I=1, H=fitting(family, 20), D=directions, h_0_scale=5, **more)
         inputs = make_inputs(case)
         whole = computed(case, inputs)
         assert emulated.launches() == 2 + case.resets_launches
@@ -293,7 +342,9 @@ def test_layers_at_the_same_time(family: str) -> None:
     """A group of layers takes as many launches as one layer has runs, and one more for each of the others."""
     for layers, at_once, launches in ((2, 2, 5), (3, 2, 6), (4, 4, 7), (5, 4, 8), (5, 3, 11)):
         shape = (0, 0, 0, at_once, 4)
-        case = Case(family, "bf16", T=14, B=9, I=2, H=20, L=layers, forward_shape=shape, backward_shape=shape)
+        case = Case(
+            family, "bf16", T=14, B=9, I=2, H=fitting(family, 20), L=layers, forward_shape=shape, backward_shape=shape
+        )
         check(replace(case, resets=0.1, dropout=True))
         check(case)
         assert emulated.launches() == 2 * launches
@@ -301,8 +352,10 @@ def test_layers_at_the_same_time(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inference_computes_what_training_does(family: str) -> None:
-    for element in MULTIPLIED:
-        case = Case(family, element, T=4, B=9, I=3, H=20, L=2, D=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4))
+    for _, element in with_elements([family]):
+        case = Case(
+            family, element, T=4, B=9, I=3, H=fitting(family, 20), L=2, D=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4)
+        )
         inputs = make_inputs(case)
         training = computed(case, inputs, backward=False)
         emulated.seed(7)
@@ -330,13 +383,13 @@ def test_memory_of_operators_is_nan() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_step(family: str) -> None:
-    case = Case(family, "bf16", T=1, B=9, I=3, H=20)
+    case = Case(family, "bf16", T=1, B=9, I=3, H=fitting(family, 20))
     inputs = make_inputs(case)
     whole = computed(case, inputs)
     step = replace(inputs, x=inputs.x[0], h_0=inputs.h_0[0], c_0=inputs.c_0[0])
     step.gradients = [g[0] for g in inputs.gradients if g is not None]
     results = computed(case, step)
-    assert results["y"].shape == (9, 20)
+    assert results["y"].shape == (9, case.H)
     for name in ("y", "h_n", "c_n", "d_x", "d_h_0", "d_c_0"):
         whole[name] = whole[name][0]
     assert equal(results, whole)

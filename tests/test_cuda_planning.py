@@ -24,6 +24,7 @@ def passes(gpu: str, element: str, training: bool = True, step_extras: bool = Fa
         shared_bytes=limits.shared_bytes,
         l2_bytes=limits.l2_bytes,
         gigahertz=limits.gigahertz,
+        warpgroups=limits.warpgroups,
     )
 
 
@@ -39,7 +40,7 @@ def test_every_plan_fits_the_gpu_and_covers_the_batch(gpu, element):
             assert pass_["shared_bytes"] <= GPUS[gpu].shared_bytes
             rows = 8 * pass_["tiles"] * pass_["groups"]
             assert rows * pass_["waves"] >= batch > rows * (pass_["waves"] - 1)
-            if pass_["family"] == "persistent":  # its CTAs wait for each other
+            if pass_["family"] in ("persistent", "warpgroup"):  # their CTAs wait for each other
                 assert pass_["ctas"] <= GPUS[gpu].sms
 
 
@@ -54,6 +55,11 @@ def test_every_plan_fits_the_gpu_and_covers_the_batch(gpu, element):
         ({"H": 512, "B": 16}, "float32", "persistent"),
         ({"H": 1024, "B": 16}, "tf32", "persistent"),
         ({"H": 2048, "B": 1}, "bfloat16", "persistent"),
+        ({"H": 512, "B": 64}, "bfloat16", "warpgroup"),
+        ({"H": 1024, "B": 256}, "float16", "warpgroup"),
+        ({"H": 768, "B": 64}, "tf32", "warpgroup"),
+        ({"H": 768, "B": 64}, "float32", "stepwise"),  # which it does not multiply
+        ({"H": 764, "B": 64}, "bfloat16", "persistent"),  # whole octets are all it has
         ({"H": 512, "B": 16, "P": 64}, "bfloat16", "stepwise"),
         ({"H": 512, "B": 16}, "float64", "stepwise"),
         ({"H": 2048, "B": 1}, "tf32", "streamed"),
@@ -80,6 +86,12 @@ def test_extras_of_a_module():
     assert family(FastLSTM(8, 64, zoneout=(0.0, 0.1)).eval()) == "stepwise"
     dropped = FastLSTM(8, 64, recurrent_dropout=0.1)
     assert (family(dropped), family(dropped.eval())) == ("stepwise", "resident")
+
+
+def test_products_of_warpgroups_are_hoppers():
+    for gpu in GPUS:
+        for pass_ in passes(gpu, "bfloat16", H=1024, B=128).values():
+            assert (pass_["family"] == "warpgroup") == (gpu in ("H100", "H200"))
 
 
 def test_weights_that_no_l4_can_hold_are_read_step_by_step():
@@ -179,6 +191,8 @@ def test_forced_families_and_shapes():
         ("persistent", {"H": 64, "P": 8}, torch.bfloat16, "'persistent' does not support proj_size > 0"),
         ("streamed", {"H": 64, "step_extras": True}, torch.bfloat16, "'streamed' does not support reset_hx, recurrent"),
         ("persistent", {"H": 64}, torch.float64, "'persistent' multiplies on tensor cores.* float64"),
+        ("warpgroup", {"H": 60}, torch.bfloat16, "'warpgroup' needs a hidden_size that is a multiple of 8, got 60"),
+        ("warpgroup", {"H": 2112}, torch.bfloat16, "'warpgroup' cannot hold weights of hidden_size 2112"),
     ],
 )
 def test_a_forced_family_that_cannot_run_says_why(family, sizes, dtype, message):
@@ -199,6 +213,17 @@ def test_forced_layers_that_do_not_fit():
             ),
         ):
             fastlstm.plan(T=9, I=8, H=64, dtype=torch.bfloat16, device="H200", **({"B": 4} | sizes))
+
+
+def test_a_gpu_without_warpgroups_says_so():
+    with fastlstm.force(plan="warpgroup"), pytest.raises(ValueError, match="'warpgroup' needs products of warpgroups"):
+        fastlstm.plan(T=9, B=4, I=8, H=64, dtype=torch.bfloat16, device="A100")
+    with (
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        fastlstm.force(plan="warpgroup"),
+        pytest.raises(ValueError, match="'warpgroup' multiplies factors of bfloat16, float16 or TF32"),
+    ):
+        fastlstm.plan(T=9, B=4, I=8, H=64, device="H200")
 
 
 @pytest.mark.parametrize("name", ["octets", "tiles", "groups", "layers", "run_steps"])

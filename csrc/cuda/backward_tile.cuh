@@ -89,18 +89,31 @@ class BackwardTile : Tile<BackwardRun, Octets> {
 
   // Stores what the n-th step made.
   __device__ __forceinline__ void store(int n, const Gates& d_gates) const {
+    store_rows(n, d_gates, [&](int t, int o) { return typename Base::Rows(*this, t, o); });
+  }
+  // The same where octets are whole and rows aligned. stored_length: what that function tells, of which the caller
+  // keeps the value; so of copied_length.
+  __device__ __forceinline__ void store_aligned(int n, const Gates& d_gates, int stored_length) const {
+    store_rows(n, d_gates, [&](int t, int o) { return typename Base::AlignedRows(*this, t, o, stored_length); });
+  }
+  using Base::copied_length, Base::stored_length;
+
+ private:
+  template <class RowsOf>
+  __device__ __forceinline__ void store_rows(int n, const Gates& d_gates, const RowsOf& rows_of) const {
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
-      const typename Base::Rows rows(*this, time(n), o);
+      const auto rows = rows_of(time(n), o);
+      auto* const d_gates_of_run = rows.template tensor<Storage>(run_.d_gates);
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
         const float values[2] = {d_gates[o][0][gate], d_gates[o][1][gate]};
-        rows.template store<E>(static_cast<Storage*>(run_.d_gates) + gate * p_.hidden + first_unit_, kGates * p_.hidden,
-                               values);
+        rows.template store<E>(d_gates_of_run + gate * p_.hidden + first_unit_, kGates * p_.hidden, values);
       }
     }
   }
 
+ public:
   // Starts to copy the inputs of the n-th step, a group of asynchronous copies, into the stage of step
   // n - kBackwardStages. Each lane copies the 8 units of one column of one gate, and eight lanes each those of d_y and
   // of the cell state. The cell states go one step further than the run: c_{t-1} of its last step.
@@ -121,6 +134,31 @@ class BackwardTile : Tile<BackwardRun, Octets> {
       if (part == 1)
         copy_octet(cells(o, n) + column * kOctet, static_cast<const float*>(run_.cells) + row * p_.hidden + unit, units,
                    p_.aligned);
+    }
+    copy_async_commit();
+  }
+
+  // The same where octets are whole and rows aligned.
+  __device__ __forceinline__ void copy_aligned_inputs(int n, int copied_length) {
+    const int part = lane_ / kColumns, column = lane_ % kColumns;
+    const bool exists = n <= run_.end && n < p_.sequences.steps && time(n) < copied_length;
+    const uint32_t row = exists ? row_of_few(p_.sequences, time(n), copied_column()) : 0;
+    const auto* const gates = opaque(static_cast<const Storage*>(run_.gates)) +
+                              static_cast<uint64_t>(row) * (kGates * p_.hidden) + part * p_.hidden;
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      const int unit = first_unit_ + o * kOctet;
+      const bool has_cells = exists && unit < p_.hidden, has_step = has_cells && n < run_.end;
+      const int from = has_cells ? unit : 0;
+      copy_whole_octet(stage(o, n) + lane_ * kOctet, gates + from, has_step);
+      if (part == 0 && run_.d_y != nullptr)
+        copy_whole_octet(stage(o, n) + kGates * kCellsOfTile + column * kOctet,
+                         static_cast<const Storage*>(run_.d_y) + static_cast<uint64_t>(row) * p_.y_stride + from,
+                         has_step);
+      if (part == 1)
+        copy_whole_octet(cells(o, n) + column * kOctet,
+                         static_cast<const float*>(run_.cells) + static_cast<uint64_t>(row) * p_.hidden + from,
+                         has_cells);
     }
     copy_async_commit();
   }

@@ -158,8 +158,8 @@ class Stack {
     return p.H % elements == 0 && p.P % elements == 0 && begin_aligned(tensors);
   }
   // What the teams of a launch exchange their states through, with all tags as no first step has them.
-  Tensor exchange_buffer(const PassPlan& plan, int runs, int blocks_of_k) const {
-    const auto bytes = static_cast<int64_t>(exchange_bytes(blocks_of_k, plan.team.tiles)) * runs * plan.groups;
+  Tensor exchange_buffer(const PassPlan& plan, int runs) const {
+    const auto bytes = static_cast<int64_t>(plan.exchange_bytes) * runs * plan.groups;
     Tensor buffer = at::empty({bytes}, options.dtype(ScalarType::Byte));
     check(cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream), "clearing an exchange buffer");
     return buffer;
@@ -224,7 +224,7 @@ class Stack {
 // Launches runs of a family that keeps weights in CTAs: at the same time, unless the plan says that both directions do
 // not fit; as many columns of the batch at a time as do.
 template <class Run, class Launch>
-void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& runs, bool aligned, int blocks_of_k,
+void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& runs, bool aligned,
                  const Launch& launch) {
   LaunchParams<Run> params = {};
   params.sequences = s.sequences;
@@ -240,8 +240,8 @@ void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& r
       params.first_column = wave * plan.groups * plan.team.tiles * kColumns;
       std::copy_n(runs.begin() + first, params.runs, params.run);
       Tensor buffer;
-      if (plan.family == Family::kPersistent) {
-        buffer = s.exchange_buffer(plan, params.runs, blocks_of_k);
+      if (has_teams(plan.family)) {
+        buffer = s.exchange_buffer(plan, params.runs);
         params.exchange = buffer.data_ptr();
       }
       launch(params);
@@ -407,12 +407,12 @@ void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, cons
         run.carried_c = static_cast<float*>(pointer(of.carried_c));
         runs.push_back(run);
       }
-    launch_runs(s, plan, runs, aligned, forward_blocks(static_cast<int>(s.p.H), storage_bytes(s.element)),
-                [&](const ForwardParams& params) {
-                  const auto launch =
-                      plan.family == Family::kResident ? launch_resident_forward : launch_persistent_forward;
-                  check(launch(s.element, params, s.stream), "a forward pass");
-                });
+    launch_runs(s, plan, runs, aligned, [&](const ForwardParams& params) {
+      const auto launch = plan.family == Family::kResident    ? launch_resident_forward
+                          : plan.family == Family::kWarpgroup ? launch_warpgroup_forward
+                                                              : launch_persistent_forward;
+      check(launch(s.element, params, s.stream), "a forward pass");
+    });
   }
 }
 
@@ -570,12 +570,12 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
         run.carried_d_c = static_cast<float*>(pointer(of.carried_d_c));
         runs.push_back(run);
       }
-    launch_runs(s, plan, runs, aligned, backward_blocks(static_cast<int>(s.p.H), storage_bytes(s.element)),
-                [&](const BackwardParams& params) {
-                  const auto launch =
-                      plan.family == Family::kResident ? launch_resident_backward : launch_persistent_backward;
-                  check(launch(s.element, params, s.stream), "a backward pass");
-                });
+    launch_runs(s, plan, runs, aligned, [&](const BackwardParams& params) {
+      const auto launch = plan.family == Family::kResident    ? launch_resident_backward
+                          : plan.family == Family::kWarpgroup ? launch_warpgroup_backward
+                                                              : launch_persistent_backward;
+      check(launch(s.element, params, s.stream), "a backward pass");
+    });
   }
 }
 
@@ -769,6 +769,8 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
   const int64_t cell_layers = d_cell_states.defined() ? d_cell_states.size(0) / p.directions : 0;
   Tensor d_x = nothing;
   Tensor d_y_of_layer = backward.d_y ? s.rows(*backward.d_y) : Tensor();
+  // This family has no other way to load; what else it reads is our own.
+  if (plan.family == Family::kWarpgroup && !s.aligned({&d_y_of_layer})) d_y_of_layer = d_y_of_layer.clone();
   for (int64_t first = p.layers - 1; first >= 0; first -= plan.layers) {
     std::vector<LayerBackward> layers;
     for (int64_t l = first; l > std::max<int64_t>(first - plan.layers, -1); --l) {

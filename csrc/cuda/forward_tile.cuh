@@ -101,23 +101,39 @@ class ForwardTile : Tile<ForwardRun, Octets> {
 
   // Stores what the n-th step made. a: activations.
   __device__ __forceinline__ void store(int n, const Gates& a, const States& h, const States& c) const {
+    store_rows(n, a, h, c, [&](int t, int o) { return typename Base::Rows(*this, t, o); });
+  }
+  // The same where octets are whole and rows aligned. stored_length: what that function tells, of which the caller
+  // keeps the value; so of copied_length.
+  __device__ __forceinline__ void store_aligned(int n, const Gates& a, const States& h, const States& c,
+                                                int stored_length) const {
+    store_rows(n, a, h, c, [&](int t, int o) { return typename Base::AlignedRows(*this, t, o, stored_length); });
+  }
+  using Base::copied_length, Base::stored_length;
+
+ private:
+  template <class RowsOf>
+  __device__ __forceinline__ void store_rows(int n, const Gates& a, const States& h, const States& c,
+                                             const RowsOf& rows_of) const {
     const int t = order_.time(n, p_.sequences.steps);
 #pragma unroll
     for (int o = 0; o < Octets; ++o) {
-      const typename Base::Rows rows(*this, t, o);
-      rows.template store<E>(static_cast<Storage*>(run_.y) + first_unit_, static_cast<uint32_t>(p_.y_stride), h[o]);
+      const auto rows = rows_of(t, o);
+      rows.template store<E>(rows.template tensor<Storage>(run_.y) + first_unit_, static_cast<uint32_t>(p_.y_stride),
+                             h[o]);
       if (run_.cells == nullptr) continue;
-      rows.store_floats(static_cast<float*>(run_.cells) + first_unit_, p_.hidden, c[o]);
+      rows.store_floats(rows.template tensor<float>(run_.cells) + first_unit_, p_.hidden, c[o]);
       if (!saves_gates()) continue;
+      auto* const gates = rows.template tensor<Storage>(run_.gates) + first_unit_;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
         const float values[2] = {a[o][0][gate], a[o][1][gate]};
-        rows.template store<E>(static_cast<Storage*>(run_.gates) + gate * p_.hidden + first_unit_, kGates * p_.hidden,
-                               values);
+        rows.template store<E>(gates + gate * p_.hidden, kGates * p_.hidden, values);
       }
     }
   }
 
+ public:
   // Starts to copy the inputs of the n-th step, a group of asynchronous copies, into the stage of step
   // n - kForwardStages.
   __device__ __forceinline__ void copy_inputs(int n) {
@@ -132,6 +148,22 @@ class ForwardTile : Tile<ForwardRun, Octets> {
     for (int o = 0; o < Octets; ++o) {
       const int count = exists ? p_.hidden - first_unit_ - o * kOctet : 0;
       copy_octet(stage(o, n) + lane_ * kOctet, count > 0 ? from + o * kOctet : from, count, p_.aligned);
+    }
+    copy_async_commit();
+  }
+
+  // The same where octets are whole and rows aligned.
+  __device__ __forceinline__ void copy_aligned_inputs(int n, int copied_length) {
+    const int t = order_.time(n, p_.sequences.steps);
+    const bool exists = n < run_.end && t < copied_length;
+    const Storage* from = static_cast<const Storage*>(run_.w_hh);
+    if (exists)
+      from = static_cast<const Storage*>(run_.gates_x) + lane_ / kColumns * p_.hidden + first_unit_ +
+             static_cast<uint64_t>(row_of_few(p_.sequences, t, copied_column())) * (kGates * p_.hidden);
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+      const bool has_octet = exists && first_unit_ + o * kOctet < p_.hidden;
+      copy_whole_octet(stage(o, n) + lane_ * kOctet, has_octet ? from + o * kOctet : from, has_octet);
     }
     copy_async_commit();
   }

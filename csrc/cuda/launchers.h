@@ -18,6 +18,11 @@ cudaError_t probe_kernels();
 cudaError_t launch_persistent_forward(Element element, const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_persistent_backward(Element element, const BackwardParams& params, cudaStream_t stream);
 
+// The same with products of warpgroups, if the build has kernels with them: for GPUs of compute capability 9.0.
+bool has_warpgroup_kernels();
+cudaError_t launch_warpgroup_forward(Element element, const ForwardParams& params, cudaStream_t stream);
+cudaError_t launch_warpgroup_backward(Element element, const BackwardParams& params, cudaStream_t stream);
+
 // The same, of few hidden units; params.exchange is not used.
 cudaError_t launch_resident_forward(Element element, const ForwardParams& params, cudaStream_t stream);
 cudaError_t launch_resident_backward(Element element, const BackwardParams& params, cudaStream_t stream);

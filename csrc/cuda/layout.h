@@ -37,8 +37,12 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // column tiles; in the others, each has its own.
 struct TeamShape {
   int octets;  // per CTA, or per warp (resident)
-  int blocks;  // of K per warp, weights of which stay in its registers (or in shared memory); 0: none stay (streamed)
-  int tiles;   // column tiles of a team, or of a CTA
+  // Of K per warp (warpgroup: per warpgroup), weights of which stay in its registers or in shared memory; 0: none stay
+  // (streamed).
+  int blocks;
+  int tiles;  // column tiles of a team, or of a CTA
+
+  constexpr bool operator==(const TeamShape&) const = default;
 };
 
 // What of it a kernel is compiled for.
@@ -171,9 +175,78 @@ constexpr size_t streamed_shared_bytes(const StreamedVariant& variant, int value
   return partial_bytes(variant.octets * variant.tiles, values_per_cell);
 }
 
+// The warpgroup family: two warpgroups of four warps each divide a CTA's part of K. Forward, the rows of a CTA are all
+// gates of 2 or 4 octets, one or two tiles of 64 rows. Backward, four CTAs share the 64 units of a tile and divide K;
+// each computes the gradients of two octets. All of a shape is compiled in.
+constexpr int kWarpgroups = 2, kWarpgroupWarps = 4, kWarpgroupThreads = kWarpgroupWarps * kWarpThreads;
+constexpr int kWarpgroupRows = 64, kPartsOfK = 4;
+inline constexpr TeamShape kWarpgroupForwardVariants[] = {{2, 4, 2},  {2, 4, 4},  {2, 4, 8},  {4, 4, 2},  {4, 4, 4},
+                                                          {2, 8, 2},  {2, 8, 4},  {2, 8, 8},  {4, 8, 2},  {4, 8, 4},
+                                                          {2, 12, 2}, {2, 12, 4}, {2, 12, 8}, {2, 16, 2}, {2, 16, 4},
+                                                          {2, 16, 8}, {2, 24, 4}, {2, 32, 2}, {2, 32, 4}};
+inline constexpr TeamShape kWarpgroupBackwardVariants[] = {{2, 4, 2},  {2, 4, 4},  {2, 4, 8},  {2, 8, 2},  {2, 8, 4},
+                                                           {2, 8, 8},  {2, 12, 2}, {2, 12, 4}, {2, 12, 8}, {2, 16, 2},
+                                                           {2, 16, 4}, {2, 16, 8}, {2, 24, 4}, {2, 32, 2}, {2, 32, 4}};
+constexpr int warpgroup_forward_m_tiles(int octets) { return octets * kOctet * 4 / kWarpgroupRows; }
+constexpr int warpgroup_backward_ctas(int hidden) { return kPartsOfK * ceil_div(hidden, kWarpgroupRows); }
+// What a kernel of a shape has; sizes are those of a warpgroup, but for all the shared memory of a CTA.
+struct WarpgroupPass {
+  int m_tiles;
+  // Of the weights, the blocks of K that registers hold, 8 words of each tile of 64 rows in every thread; the others
+  // wait in shared memory.
+  int register_blocks;
+  size_t weight_bytes;
+  // States go through shared memory in rounds of so many blocks, each in a slot: of a ring, if there is no room for all
+  // of them. A thread loads 8 vectors of 16 bytes in a round, or fewer.
+  int round_blocks, slots;
+  size_t slot_bytes, shared_bytes;
+};
+// register_words: of weights, at most; more would spill. others: bytes of shared memory that a CTA needs besides.
+constexpr WarpgroupPass warpgroup_pass(const TeamShape& s, int m_tiles, int register_words, size_t others) {
+  constexpr size_t kMostBytes = 227 * 1024;  // of the GPUs that have such products
+  WarpgroupPass pass = {};
+  pass.m_tiles = m_tiles;
+  pass.register_blocks = register_words / (8 * m_tiles);
+  if (pass.register_blocks > s.blocks) pass.register_blocks = s.blocks;
+  pass.weight_bytes = static_cast<size_t>(s.blocks - pass.register_blocks) * m_tiles * kWarpgroupRows * kBlockBytes;
+  for (int blocks = 8 * kWarpgroupWarps / s.tiles; blocks * s.tiles >= kWarpgroupWarps; --blocks) {
+    if (s.blocks % blocks != 0 || blocks * s.tiles % kWarpgroupWarps != 0) continue;
+    pass.round_blocks = blocks;
+    pass.slot_bytes = static_cast<size_t>(blocks) * s.tiles * kWarpThreads * 16;
+    for (int slots = s.blocks / blocks;; slots = 2) {
+      pass.slots = slots;
+      pass.shared_bytes = kWarpgroups * (slots * pass.slot_bytes + pass.weight_bytes) + others;
+      if (pass.shared_bytes <= kMostBytes) return pass;
+      if (slots <= 2) break;
+    }
+  }
+  return pass;
+}
+// Words of weights in registers, found by trial: with more, ptxas 13.0 spills.
+constexpr int warpgroup_forward_words(const TeamShape& s) {
+  if (s.octets * s.tiles >= 16) return 88;  // sums of many columns
+  if (s.blocks == 24 || (s.blocks == 32 && s.tiles == 2)) return 96;
+  return s.tiles >= 4 ? 112 : 128;
+}
+constexpr WarpgroupPass warpgroup_forward_pass(const TeamShape& s, int element_bytes) {
+  // Inputs, and the sums of both warpgroups for two steps.
+  const size_t sums = static_cast<size_t>(2) * kWarpgroups * kCellsOfTile * 4 * sizeof(float);
+  return warpgroup_pass(s, warpgroup_forward_m_tiles(s.octets), warpgroup_forward_words(s),
+                        s.octets * s.tiles * (sums + forward_tile_bytes(element_bytes)));
+}
+constexpr WarpgroupPass warpgroup_backward_pass(const TeamShape& s, int element_bytes) {
+  return warpgroup_pass(s, 1, s.tiles >= 8 ? 56 : 96, s.octets * s.tiles * backward_tile_bytes(element_bytes));
+}
+
 // Bytes of the two buffers through which one team exchanges what its next products read.
 constexpr size_t exchange_bytes(int blocks_of_k, int tiles) {
   return static_cast<size_t>(2) * blocks_of_k * tiles * kWarpThreads * 16;
+}
+// The same for the sums over parts of K that CTAs of the warpgroup family exchange backward: vectors of all lanes, from
+// each warpgroup of the four CTAs that share units.
+constexpr int kSumsOfCell = kWarpgroups * kPartsOfK;
+constexpr size_t exchanged_sums_bytes(int hidden, int tiles) {
+  return static_cast<size_t>(2) * warpgroup_backward_ctas(hidden) * tiles * kSumsOfCell * kWarpThreads * 16;
 }
 
 }  // namespace fastlstm::cuda

@@ -24,16 +24,26 @@ struct Step {
 };
 constexpr Step kForwardStep = {1990, 270, 0.8, 43};
 constexpr Step kBackwardStep = {2270, 37, 3.5, 16};
+// Of the warpgroup family, in any case, for each byte of an element of a cell tile of a CTA, for each cycle that its
+// tensor cores are busy, for each KB of states that it loads, and for each round of loads but the first.
+struct WarpgroupStep {
+  double any, cell_tile_byte, multiply, load_kb, round;
+};
+constexpr WarpgroupStep kForwardWarpgroup = {1812, 53, 1.26, 28.4, 337};
+constexpr WarpgroupStep kBackwardWarpgroup = {3736, 89, 0.45, 33.3, 158};
 // The same of the resident family, for each octet of a warp.
 constexpr Step kForwardResident = {110, 1050, 0.6, 0};
 constexpr Step kBackwardResident = {380, 1700, 0.6, 0};
-constexpr double kL2Bytes = 38;       // bytes per cycle and SM from L2
-constexpr double kMma = 6.5;          // of one tensor core per MMA of 16 x 8 x 16 elements of 16 bits, 4 cores per SM
+constexpr double kL2Bytes = 38;  // bytes per cycle and SM from L2
+constexpr double kMma = 6.5;     // of one tensor core per MMA of 16 x 8 x 16 elements of 16 bits, 4 cores per SM
+// Of products of 32 bytes of K by both warpgroups of a CTA, for each column tile; and at least.
+constexpr double kWgmmaTile = 8, kWgmma = 26;
 constexpr double kSharedBytes = 128;  // bytes per cycle and SM from shared memory
 constexpr double kLaunch = 6;         // microseconds: weights into registers, launch, filling the exchange buffer
 constexpr double kRunProducts = 8;    // microseconds that cutting a product over all steps costs, per run
-constexpr double kLibraryStep = 14;   // microseconds of a step whose product is a library call: host time
-constexpr double kLibraryRate = 0.4;  // of the tensor cores' peak that such a product reaches, if it is large
+constexpr double kLibraryStep = 16;   // microseconds of a step whose product is a library call: host time
+constexpr double kLibraryRate =
+    0.9;  // of the tensor cores' peak (as kMma has it) that such a product reaches, if it is large
 constexpr double kMemoryBytes = 3e6;  // bytes per microsecond of device memory
 constexpr double kStepLaunch = 3;     // microseconds from the end of a step's kernel to the next one's start
 constexpr double kForwardLatency = 2900, kBackwardLatency = 6500;  // of a kernel for one step
@@ -61,6 +71,15 @@ double team_step_cycles(const cost::Step& step, int m_tiles, const TeamShape& te
 double resident_step_cycles(const cost::Step& step, int m_tiles, int blocks, int parts, int warps, int octets) {
   const double mmas = mmas_per_warp(m_tiles, blocks, parts) * warps;
   return step.any + step.cell_tile * octets + step.multiply * mmas * cost::kMma / 4;
+}
+
+// Cycles of a step of a CTA of the warpgroup family.
+double warpgroup_step_cycles(const cost::WarpgroupStep& step, const TeamShape& team, const WarpgroupPass& kernel,
+                             int element_bytes) {
+  const double load_kb = static_cast<double>(kWarpgroups) * team.blocks * kBlockBytes * kColumns * team.tiles / 1024;
+  const double multiply = 2.0 * kernel.m_tiles * team.blocks * std::max(cost::kWgmma, cost::kWgmmaTile * team.tiles);
+  return step.any + step.cell_tile_byte * team.octets * team.tiles * element_bytes + step.multiply * multiply +
+         step.load_kb * load_kb + step.round * (ceil_div(team.blocks, kernel.round_blocks) - 1);
 }
 
 // Microseconds to read the recurrent weights anew in each step, if L2 does not hold them with what else a step takes.
@@ -99,6 +118,7 @@ struct Pass {
   bool backward;
   Variants persistent, resident;
   std::span<const StreamedVariant> streamed;
+  std::span<const TeamShape> warpgroup;
 
   int blocks_of_k(int hidden, int bytes) const {
     return backward ? backward_blocks(hidden, bytes) : forward_blocks(hidden, bytes);
@@ -114,13 +134,21 @@ struct Pass {
   size_t streamed_bytes(const StreamedVariant& variant) const {
     return streamed_shared_bytes(variant, backward ? 1 : kGates);
   }
+  WarpgroupPass warpgroup_pass(const TeamShape& team, int bytes) const {
+    return backward ? warpgroup_backward_pass(team, bytes) : warpgroup_forward_pass(team, bytes);
+  }
 };
 
 template <int Parts>
 Pass pass_with(bool backward) {
+  std::span<const TeamShape> warpgroup;
+  if (Parts == 1 && backward) warpgroup = kWarpgroupBackwardVariants;
+  if (Parts == 1 && !backward) warpgroup = kWarpgroupForwardVariants;
   if (backward)
-    return {backward, kBackwardVariants<Parts>, kResidentBackwardVariants<Parts>, kStreamedBackwardVariants<Parts>};
-  return {backward, kForwardVariants<Parts>, kResidentForwardVariants<Parts>, kStreamedForwardVariants<Parts>};
+    return {backward, kBackwardVariants<Parts>, kResidentBackwardVariants<Parts>, kStreamedBackwardVariants<Parts>,
+            warpgroup};
+  return {backward, kForwardVariants<Parts>, kResidentForwardVariants<Parts>, kStreamedForwardVariants<Parts>,
+          warpgroup};
 }
 
 Pass pass_of(Element e, bool backward) {
@@ -225,30 +253,56 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
       return plan;
     });
   }
+  // Teams of this kind, as many as fit, whose CTAs take so many cycles for a step.
+  const auto add_teams = [&](const PassPlan& kind, double step_cycles) {
+    if (kind.shared_bytes > static_cast<size_t>(d.shared_bytes)) return;
+    add_with_layers(plans, p, constraints, [&](int layers) -> std::optional<PassPlan> {
+      PassPlan plan = kind;
+      const int tiles = plan.team.tiles;
+      plan.both_directions = directions == 2 && 2 * plan.team_ctas <= d.sms;
+      const int at_once = plan.both_directions ? 2 : layers;
+      const int teams = d.sms / (plan.team_ctas * at_once);
+      if (teams == 0) return std::nullopt;
+      plan.groups = std::min(teams, ceil_div(column_tiles, tiles));
+      if (constraints.groups) plan.groups = std::min(plan.groups, *constraints.groups);
+      plan.ctas = at_once * plan.groups * plan.team_ctas;
+      plan.waves = ceil_div(column_tiles, plan.groups * tiles);
+      plan.microseconds = launches(plan, p) * step_cycles / (d.gigahertz * 1e3);
+      return plan;
+    });
+  };
   for (const TeamVariant& variant : pass.persistent) {
     if (!is_smallest(variant, blocks_per_warp, pass.persistent)) continue;
-    const int ctas = team_ctas(hidden, variant.octets);
-    for (int tiles = 1; tiles <= kTeamWarps / variant.octets; tiles *= 2)
-      add_with_layers(plans, p, constraints, [&](int layers) -> std::optional<PassPlan> {
-        PassPlan plan;
-        plan.family = Family::kPersistent;
-        plan.team = {variant.octets, variant.blocks, tiles};
-        plan.shared_bytes = pass.shared_bytes(plan.team, factors);
-        if (plan.shared_bytes > static_cast<size_t>(d.shared_bytes)) return std::nullopt;
-        plan.both_directions = directions == 2 && 2 * ctas <= d.sms;
-        const int at_once = plan.both_directions ? 2 : layers;
-        const int teams = d.sms / (ctas * at_once);
-        if (teams == 0) return std::nullopt;
-        plan.groups = std::min(teams, ceil_div(column_tiles, tiles));
-        if (constraints.groups) plan.groups = std::min(plan.groups, *constraints.groups);
-        plan.ctas = at_once * plan.groups * ctas;
-        plan.waves = ceil_div(column_tiles, plan.groups * tiles);
-        plan.microseconds = launches(plan, p) *
-                            team_step_cycles(pass.backward ? cost::kBackwardStep : cost::kForwardStep,
-                                             pass.m_tiles(variant.octets), plan.team, blocks_of_k, factors) /
-                            (d.gigahertz * 1e3);
-        return plan;
-      });
+    for (int tiles = 1; tiles <= kTeamWarps / variant.octets; tiles *= 2) {
+      PassPlan kind;
+      kind.family = Family::kPersistent;
+      kind.team = {variant.octets, variant.blocks, tiles};
+      kind.team_ctas = team_ctas(hidden, variant.octets);
+      kind.exchange_bytes = exchange_bytes(blocks_of_k, tiles);
+      kind.shared_bytes = pass.shared_bytes(kind.team, factors);
+      add_teams(kind, team_step_cycles(pass.backward ? cost::kBackwardStep : cost::kForwardStep,
+                                       pass.m_tiles(variant.octets), kind.team, blocks_of_k, factors));
+    }
+  }
+  if (!d.warpgroups || p.H % kOctet != 0) return plans;
+  const int parts = kWarpgroups * (pass.backward ? kPartsOfK : 1);  // of K
+  for (const TeamShape& team : pass.warpgroup) {
+    const auto holds = [&](const TeamShape& t) {
+      return t.octets == team.octets && t.tiles == team.tiles && t.blocks * parts >= blocks_of_k;
+    };
+    if (!holds(team) ||
+        std::ranges::any_of(pass.warpgroup, [&](const TeamShape& t) { return holds(t) && t.blocks < team.blocks; }))
+      continue;
+    const WarpgroupPass kernel = pass.warpgroup_pass(team, bytes);
+    PassPlan kind;
+    kind.family = Family::kWarpgroup;
+    kind.team = team;
+    kind.team_ctas = pass.backward ? warpgroup_backward_ctas(hidden) : team_ctas(hidden, team.octets);
+    kind.exchange_bytes = exchange_bytes(blocks_of_k, team.tiles);
+    if (pass.backward) kind.exchange_bytes += exchanged_sums_bytes(hidden, team.tiles);
+    kind.shared_bytes = kernel.shared_bytes;
+    add_teams(kind, warpgroup_step_cycles(pass.backward ? cost::kBackwardWarpgroup : cost::kForwardWarpgroup, team,
+                                          kernel, bytes));
   }
   return plans;
 }
@@ -280,6 +334,12 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     if (constraints.tiles) message << " tiles = " << *constraints.tiles;
     if (constraints.layers) message << " layers = " << *constraints.layers;
     message << " for hidden_size " << p.H << ", num_layers " << p.layers << " and " << p.T << " time steps";
+  } else if (constraints.family == Family::kWarpgroup && !d.warpgroups) {
+    message << "needs products of warpgroups, which GPUs of compute capability 9.0 have, and a build for 9.0a";
+  } else if (constraints.family == Family::kWarpgroup && pass.warpgroup.empty()) {
+    message << "multiplies factors of bfloat16, float16 or TF32, not of float32";
+  } else if (constraints.family == Family::kWarpgroup && p.H % kOctet != 0) {
+    message << "needs a hidden_size that is a multiple of " << kOctet << ", got " << p.H;
   } else {
     message << "cannot hold weights of hidden_size " << p.H << " in the registers of ";
     if (constraints.family == Family::kResident)
@@ -311,12 +371,13 @@ const char* family_name(Family family) {
     case Family::kStepwise: return "stepwise";
     case Family::kResident: return "resident";
     case Family::kPersistent: return "persistent";
-    default: return "streamed";
+    case Family::kStreamed: return "streamed";
+    default: return "warpgroup";
   }
 }
 
 std::vector<Family> families() {
-  return {Family::kStepwise, Family::kResident, Family::kPersistent, Family::kStreamed};
+  return {Family::kStepwise, Family::kResident, Family::kPersistent, Family::kStreamed, Family::kWarpgroup};
 }
 
 std::vector<CompiledKernel> compiled_kernels() {
@@ -330,16 +391,20 @@ std::vector<CompiledKernel> compiled_kernels() {
         const int units = v.blocks * kBlockBytes / factors.bytes / (backward ? kGates : 1);
         const size_t bytes =
             pass.resident_bytes(std::min(units, kTeamWarps * v.octets * kOctet), v.octets, factors.bytes);
-        kernels.push_back({Family::kResident, backward, e, v.octets, v.blocks, bytes, bytes});
+        kernels.push_back({Family::kResident, backward, e, {v.octets, v.blocks}, bytes, bytes});
       }
       for (const TeamVariant& v : pass.persistent) {
         const auto bytes = [&](int tiles) { return pass.shared_bytes({v.octets, v.blocks, tiles}, factors); };
         kernels.push_back(
-            {Family::kPersistent, backward, e, v.octets, v.blocks, bytes(1), bytes(kTeamWarps / v.octets)});
+            {Family::kPersistent, backward, e, {v.octets, v.blocks}, bytes(1), bytes(kTeamWarps / v.octets)});
       }
       for (const StreamedVariant& v : pass.streamed) {
         const size_t bytes = pass.streamed_bytes(v);
-        kernels.push_back({Family::kStreamed, backward, e, v.octets, v.tiles, bytes, bytes});
+        kernels.push_back({Family::kStreamed, backward, e, {v.octets, v.tiles}, bytes, bytes});
+      }
+      for (const TeamShape& v : pass.warpgroup) {
+        const size_t bytes = pass.warpgroup_pass(v, factors.bytes).shared_bytes;
+        kernels.push_back({Family::kWarpgroup, backward, e, {v.octets, v.blocks, v.tiles}, bytes, bytes});
       }
     }
   return kernels;
@@ -379,9 +444,8 @@ std::string describe(const PassPlan& plan, const Problem& problem) {
   text << family_name(plan.family);
   if (plan.family == Family::kStepwise) return text.str();
   const int teams = plan.groups * (plan.both_directions ? 2 : plan.layers);
-  if (plan.family == Family::kPersistent)
-    text << " (" << teams << (teams == 1 ? " team of " : " teams of ")
-         << team_ctas(static_cast<int>(problem.H), plan.team.octets) << " CTAs";
+  if (has_teams(plan.family))
+    text << " (" << teams << (teams == 1 ? " team of " : " teams of ") << plan.team_ctas << " CTAs";
   else
     text << " (" << plan.ctas << (plan.ctas == 1 ? " CTA" : " CTAs");
   text << ", " << plan.team.tiles * kColumns << " rows each";

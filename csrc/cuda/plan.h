@@ -20,6 +20,7 @@ enum class Family {
   kResident,    // a CTA keeps all recurrent weights of a direction and runs 8 rows of the batch
   kPersistent,  // teams of CTAs keep the recurrent weights and exchange states through L2
   kStreamed,    // one kernel per time step, products and cells, reads the weights anew
+  kWarpgroup,   // as persistent, with products of warpgroups, on GPUs that have these
 };
 
 // What a kernel can count on. Of the device that runs, or of any other for which a plan is asked.
@@ -28,6 +29,7 @@ struct Device {
   int shared_bytes;  // of one block at most
   int64_t l2_bytes;
   double gigahertz;  // clock of the SMs
+  bool warpgroups;   // it has products of warpgroups, and the build kernels with them
 
   bool operator==(const Device&) const = default;
 };
@@ -48,6 +50,8 @@ struct PassPlan {
   int groups = 0;                // of column tiles, which split the batch among teams of a direction or layer
   bool both_directions = false;  // at the same time
   int ctas = 0;                  // of a launch
+  int team_ctas = 0;             // of each team, if CTAs have teams; and then
+  size_t exchange_bytes = 0;     // what these exchange states through
   size_t shared_bytes = 0;       // of each
   int waves = 0;                 // launches, one after the other, that it takes to get through the batch
   int layers = 1;                // that run at the same time, each some steps behind the one that it reads
@@ -59,7 +63,11 @@ struct PassPlan {
 int run_steps(const PassPlan& plan, int count, int64_t steps);
 
 // Of a family: whether CTAs keep the weights for a run of steps.
-constexpr bool keeps_weights(Family family) { return family == Family::kResident || family == Family::kPersistent; }
+constexpr bool keeps_weights(Family family) {
+  return family == Family::kResident || family == Family::kPersistent || family == Family::kWarpgroup;
+}
+// Whether teams of CTAs exchange states while they run.
+constexpr bool has_teams(Family family) { return family == Family::kPersistent || family == Family::kWarpgroup; }
 
 const char* family_name(Family family);
 std::vector<Family> families();
@@ -69,7 +77,7 @@ struct CompiledKernel {
   Family family;
   bool backward;
   Element element;
-  int octets, size;  // blocks of K (streamed: column tiles)
+  std::vector<int> sizes;  // octets, then blocks of K or (streamed) column tiles, or (warpgroup) both
   // Dynamic shared memory: with one column tile in a team, and with as many as it can have.
   size_t least_shared_bytes, most_shared_bytes;
 };

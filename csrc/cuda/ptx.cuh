@@ -35,8 +35,17 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 // Bit i of the result: the predicate of lane i.
 __device__ __forceinline__ uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 __device__ __forceinline__ bool warp_all(bool predicate) { return __all_sync(0xffffffffu, predicate); }
+__device__ __forceinline__ bool warp_any(bool predicate) { return !warp_all(!predicate); }
 // The value of lane `from`.
 __device__ __forceinline__ int warp_shuffle(int value, int from) { return __shfl_sync(0xffffffffu, value, from); }
+
+// The same address, of which the compiler knows nothing: it would compute what is a constant distance away, before a
+// loop, and keep all of it in registers.
+template <class T>
+__device__ __forceinline__ T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 

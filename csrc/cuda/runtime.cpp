@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "../checks.h"
+#include "launchers.h"
 
 // torch's C interface to its streams, 0 on success. A build of torch without CUDA does not define it, and fastlstm can
 // be built and loaded there too.
@@ -44,7 +45,8 @@ Device ask(int index) {
                  index, " of compute capability ", major, ".", minor, ": ", cudaGetErrorString(runs),
                  "; build it again with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
   return {attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-          attribute(cudaDevAttrL2CacheSize, index), attribute(cudaDevAttrClockRate, index) * 1e-6};
+          attribute(cudaDevAttrL2CacheSize, index), attribute(cudaDevAttrClockRate, index) * 1e-6,
+          has_warpgroup_kernels() && major == 9 && minor == 0};
 }
 
 }  // namespace

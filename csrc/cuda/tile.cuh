@@ -65,6 +65,11 @@ class Tile {
       }
     }
 
+    // A tensor, as its address is best used.
+    template <class T>
+    static __device__ __forceinline__ T* tensor(void* p) {
+      return static_cast<T*>(p);
+    }
     // values[e] of unit(o) and column(e), into a tensor whose rows have `width` elements. `first`: the element of row 0
     // for the first unit of the warp. Elements of 16 bits are transposed, so that a lane stores those of two units at
     // once.
@@ -96,6 +101,45 @@ class Tile {
     const int first_, left_;  // the octet's first unit, and the units from there on, of those of the warp
     bool stored_, exists_[2];
     uint32_t stored_row_, rows_[2];
+  };
+
+  // The same of whole octets in tensors whose rows are aligned, in fewer instructions. stored_length: that of
+  // stored_column().
+  class AlignedRows {
+   public:
+    __device__ __forceinline__ AlignedRows(const Tile& tile, int t, int o, int stored_length)
+        : lane_(tile.lane_), first_(o * kOctet), first_row_(row_of_few(tile.p_.sequences, t, tile.first_column_)) {
+      const bool has_octet = tile.first_unit_ + first_ < tile.p_.hidden;
+      stored_ = has_octet && t < stored_length;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) exists_[e] = has_octet && t < tile.length_[e];
+    }
+    template <class T>
+    static __device__ __forceinline__ T* tensor(void* p) {
+      return opaque(static_cast<T*>(p));  // or addresses for all steps would take registers from the weights
+    }
+    template <class E>
+    __device__ __forceinline__ void store(typename E::Storage* first, uint32_t width, const float (&values)[2]) const {
+      if constexpr (Words<E>::kHalf) {
+        const uint32_t word = transpose_8x8(E::pack(values[0], values[1]));
+        if (stored_) *reinterpret_cast<uint32_t*>(first + place(lane_ / 4, width) + lane_ % 4 * 2) = word;
+      } else {
+        store_floats(first, width, values);
+      }
+    }
+    __device__ __forceinline__ void store_floats(float* first, uint32_t width, const float (&values)[2]) const {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (exists_[e]) first[place(lane_ % 4 * 2 + e, width) + lane_ / 4] = values[e];
+    }
+
+   private:
+    __device__ __forceinline__ uint64_t place(int column, uint32_t width) const {
+      return static_cast<uint64_t>(first_row_ + column) * width + first_;
+    }
+    const int lane_, first_;
+    const uint32_t first_row_;
+    bool stored_, exists_[2];
   };
 
   const LaunchParams<Run>& p_;

@@ -23,4 +23,13 @@ __device__ __forceinline__ void copy_octet(Storage* to_shared, const Storage* fr
   }
 }
 
+// The same of 8 that exist, or none, aligned.
+template <class Storage>
+__device__ __forceinline__ void copy_whole_octet(Storage* to_shared, const Storage* from, bool exists) {
+  constexpr int kElements = 16 / sizeof(Storage);
+#pragma unroll
+  for (int first = 0; first < kOctet; first += kElements)
+    copy_async_16(to_shared + first, exists ? from + first : from, exists ? 16 : 0);
+}
+
 }  // namespace fastlstm::cuda

@@ -324,7 +324,8 @@ def check(case: Case, backward: bool = True, forward_family: str = "") -> dict[s
 def random_case(family: str, seed: int) -> Case:
     """A small problem with a random choice of everything a problem can have."""
     draw = random.Random(f"{family} {seed}")
-    element = draw.choice(["bf16", "bf16", "fp16", "tf32", "fp32"] + ["fp64"] * (family == "stepwise"))
+    more = {"stepwise": ["fp32", "fp64"], "warpgroup": []}.get(family, ["fp32"])
+    element = draw.choice(["bf16", "bf16", "fp16", "tf32", *more])
     T, L, D = draw.randint(1, 6), draw.choice([1, 1, 2]), draw.choice([1, 2])
     B = draw.choice([1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 20])
     # Gradients of very few units can cancel: then nothing but their rounding is left.
@@ -340,8 +341,12 @@ def random_case(family: str, seed: int) -> Case:
         H = draw.choice([draw.randint(8, 64), draw.randint(8, 64), draw.randint(65, 96)])
         if draw.random() < 0.06:
             H, T, B, L, D = draw.choice([256, 300]), min(T, 3), min(B, 9), 1, 1
-    if family in ("resident", "persistent") and draw.random() < 0.4:  # several launches, of layers at the same time
+    if (
+        family in ("resident", "persistent", "warpgroup") and draw.random() < 0.4
+    ):  # several launches, of layers at the same time
         T, L = draw.randint(5, 14), draw.choice([1, 2, 3])
+    if family == "warpgroup":  # whole octets
+        H = -(-H // 8) * 8
     batch_sizes = lengths = None
     layout = draw.choice(["full", "full", "packed", "lengths"])
     if layout == "packed":
@@ -368,7 +373,7 @@ def random_case(family: str, seed: int) -> Case:
             [(True,) * 4] * 3 + [(True, False, False, True), (False, True, True, True), (True, True, False, False)]
         ),
         needs=draw.choice([(True,)] * 4 + [tuple(draw.random() < 0.6 for _ in range(5)) for _ in range(2)]),
-        device=draw.choice(DEVICES),
+        device=draw.choice(DEVICES[:1] if family == "warpgroup" else DEVICES),
         offset=draw.choice([0, 0, 0, 1, 3]),
         poison=draw.random() < 0.5,
         data_seed=seed,
@@ -387,7 +392,7 @@ def random_case(family: str, seed: int) -> Case:
             cell_layers=draw.randint(0, L),
         )
     while not all(runs(case, (), backward) for backward in (False, True)):
-        case = replace(case, H=case.H // 2)
+        case = replace(case, H=case.H // 2 // 8 * 8 if family == "warpgroup" else case.H // 2)
     return replace(
         case,
         forward_shape=random_shape(draw, case, backward=False),

@@ -64,7 +64,7 @@ class Kernel:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What it is compiled for: octets, then blocks of K or column tiles; or the elements of a vector."""
+        """What it is compiled for: octets, then blocks of K, column tiles or both; or the elements of a vector."""
         return tuple(int(size) for size in re.findall(r"Li(\d+)E", self._parts[3]))
 
     @property
@@ -229,9 +229,9 @@ def shared_memory() -> dict[str, str]:
     elements = {"bfloat16": "Bf16", "float16": "Fp16", "tf32": "Tf32", "float32": "Fp32"}
     found = {}
     for kernel in _C.cuda_kernels():
-        octets, size = kernel["sizes"]
+        sizes = ", ".join(map(str, kernel["sizes"]))
         least, most = (f"{size / 1024:.0f}" for size in kernel["shared_bytes"])
-        found[f"{kernel['function']}<{elements[kernel['element']]}, {octets}, {size}>"] = (
+        found[f"{kernel['function']}<{elements[kernel['element']]}, {sizes}>"] = (
             least if least == most else f"{least}-{most}"
         )
     return found

@@ -25,6 +25,7 @@ from fastlstm._operators import NO_EXTRAS, Options  # it registers the operators
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DFASTLSTM_EMULATE_CUDA"),
+    "-DFASTLSTM_WARPGROUPS",
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror=unused-parameter"),
 ]
 ELEMENTS = ["bf16", "fp16", "tf32", "fp32", "fp64"]  # in the order of plan.h

@@ -20,7 +20,7 @@ namespace fastlstm::cuda {
 
 namespace {
 
-Device device = {132, 227 * 1024, 50 << 20, 1.98};
+Device device = {132, 227 * 1024, 50 << 20, 1.98, true};
 
 // The memory that an operator asks torch for, between guards that show stray writes. What was freed is given out again,
 // newest first: as torch's allocator on a GPU does it, and so that a kernel meets what an earlier launch left behind.
@@ -134,6 +134,7 @@ FASTLSTM_EXPORT void emulated_seed(uint64_t seed) {
 FASTLSTM_EXPORT void emulated_device(int sms, int shared_bytes) {
   fastlstm::cuda::device.sms = sms;
   fastlstm::cuda::device.shared_bytes = shared_bytes;
+  fastlstm::cuda::device.warpgroups = shared_bytes >= 227 * 1024;
 }
 // Whether memory is NaN when an operator gets it, or as its last owner left it.
 FASTLSTM_EXPORT void emulated_poison(bool poison) { fastlstm::cuda::Memory::instance().poison = poison; }

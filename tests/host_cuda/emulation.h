@@ -1,9 +1,10 @@
-// The names of csrc/cuda/ptx.cuh on top of fibers, so that kernel files compile and run as ordinary C++ on the CPU.
+// The names of csrc/cuda/ptx.cuh and wgmma.cuh on top of fibers, so that kernel files compile and run as ordinary C++
+// on the CPU.
 //
 // Every CUDA thread is a fiber. A scheduler picks the next warp, the length of its turn and the order of its lanes at
-// random, stores to memory that CTAs share arrive late and out of order, and asynchronous copies take place at any
-// moment the hardware may choose. All of it follows from one seed: a failure can be repeated, and many seeds go through
-// many interleavings.
+// random, stores to memory that CTAs share arrive late and out of order, and asynchronous copies and products take
+// place at any moment the hardware may choose. All of it follows from one seed: a failure can be repeated, and many
+// seeds go through many interleavings.
 //
 // Shows: wrong indices and layouts, missing barriers, protocols that rely on an order nobody promised, threads that
 // wait for ever, stray writes beyond shared memory, reads of what was never written (memory starts as NaN).
@@ -217,7 +218,22 @@ class Random {
 };
 
 // Where a thread can be kept waiting.
-enum class Operation { kBlockBarrier, kWarpBarrier, kBallot, kAll, kShuffle, kMmaBf16, kMmaFp16, kMmaTf32, kTranspose };
+enum class Operation {
+  kBlockBarrier,
+  kWarpBarrier,
+  kBallot,
+  kAll,
+  kShuffle,
+  kMmaBf16,
+  kMmaFp16,
+  kMmaTf32,
+  kTranspose,
+  kWarpgroupBarrier,
+  kProductsBegin,
+  kProduct,
+  kProductsCommit,
+  kProductsWait
+};
 
 inline const char* name(Operation operation) {
   switch (operation) {
@@ -230,6 +246,11 @@ inline const char* name(Operation operation) {
     case Operation::kMmaFp16: return "mma_fp16";
     case Operation::kMmaTf32: return "mma_tf32";
     case Operation::kTranspose: return "transpose_8x8";
+    case Operation::kWarpgroupBarrier: return "warpgroup_barrier";
+    case Operation::kProductsBegin: return "products_begin";
+    case Operation::kProduct: return "a product of a warpgroup";
+    case Operation::kProductsCommit: return "products_commit";
+    case Operation::kProductsWait: return "products_wait";
   }
   return "?";
 }
@@ -239,9 +260,38 @@ struct Warp;
 struct Block {
   int index = 0;
   int live = 0, at_barrier = 0;  // threads
+  int at_barrier_of_warpgroup[8] = {};
   Warp* warps = nullptr;
   std::vector<unsigned char> storage;
   unsigned char* shared = nullptr;
+};
+
+// A store_factor() that no fence has followed yet.
+struct FactorStore {
+  uint4* to;
+  uint4 vector;
+};
+
+// Where the words of a factor in shared memory lie: see SharedFactor in wgmma.cuh.
+struct FactorPlace {
+  const uint4* first;
+  int along_k, along_rows;
+
+  uint32_t word(int row, int k) const {
+    const uint4& vector = first[row / 8 * along_rows + k / 4 * along_k + row % 8];
+    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+    return words[k % 4];
+  }
+};
+
+// A product that one warp has its part of under way: 16 rows of D.
+struct Product {
+  Operation element;  // kMmaBf16, kMmaFp16 or kMmaTf32
+  float* d[32];       // [tiles][4] of each lane
+  int tiles;
+  bool accumulate, a_in_registers;
+  uint32_t a[32][4];
+  FactorPlace shared_a, b;  // shared_a from this warp's rows on
 };
 
 // A copy_async_16() that has not taken place yet.
@@ -261,15 +311,19 @@ struct Fiber {
   std::vector<Copy> copies;
   uint64_t group = 0;       // of copies: the one not closed yet
   bool group_used = false;  // whether it has copies
+  std::vector<FactorStore> factors;
 };
 
 struct Warp {
   Block* block = nullptr;
   Fiber* lanes = nullptr;
   // One bit per lane. A live lane is ready to run, has arrived at `operation`, or is at the block's barrier.
-  uint32_t live = 0, ready = 0, arrived = 0, at_barrier = 0;
+  uint32_t live = 0, ready = 0, arrived = 0, at_barrier = 0, at_barrier_of_warpgroup = 0;
   Operation operation = Operation::kWarpBarrier;
   void* arguments[32] = {};
+  std::vector<Product> products;  // under way, the oldest first
+  size_t committed = 0;           // of them
+  bool may_multiply = false;      // products_begin() came after the last wait
 };
 
 // A store on its way to memory that CTAs share: one word or, as a packet, four.
@@ -373,6 +427,7 @@ class Machine {
     --turn_;
     if (!in_flight_.empty() && random_.one_in(deliver_one_in_)) deliver_some();
     perform_some();
+    if (!current_->warp->products.empty() && random_.one_in(copy_one_in_)) perform_product(*current_->warp);
     if (random_.one_in(yield_one_in_)) suspend();
   }
 
@@ -468,6 +523,76 @@ class Machine {
     occasion();
   }
 
+  void store_factor(uint4* to, const uint4& vector) {
+    check_alignment(to, 16, "store_factor");
+    const auto offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(current_->block->shared);
+    if (offset + 16 > shape_.shared_bytes || offset > shape_.shared_bytes)
+      fail("store_factor to an address outside of shared memory");
+    std::memset(to, 0xff, sizeof(*to));
+    current_->factors.push_back({to, vector});
+  }
+  void fence_factors() {
+    for (const FactorStore& store : current_->factors) std::memcpy(store.to, &store.vector, sizeof(store.vector));
+    current_->factors.clear();
+    occasion();
+  }
+  void meet_warpgroup(int warpgroup) {
+    constexpr int kThreads = 128;
+    Block& group = *current_->block;
+    if (current_->thread / kThreads != warpgroup || (warpgroup + 1) * kThreads > shape_.threads)
+      fail("warpgroup_barrier of warpgroup " + std::to_string(warpgroup) + ", which is another one or not whole");
+    current_->warp->at_barrier_of_warpgroup |= bit(*current_);
+    if (++group.at_barrier_of_warpgroup[warpgroup] < kThreads) {
+      block();
+    } else {
+      for (Warp* warp = group.warps + 4 * warpgroup; warp < group.warps + 4 * (warpgroup + 1); ++warp) {
+        warp->ready |= warp->at_barrier_of_warpgroup;
+        warp->at_barrier_of_warpgroup = 0;
+      }
+      group.at_barrier_of_warpgroup[warpgroup] = 0;
+      progress();
+    }
+    occasion();
+  }
+  void begin_products() {
+    int nothing = 0;
+    meet_all(Operation::kProductsBegin, nothing, [&](void**, uint32_t) { current_->warp->may_multiply = true; });
+  }
+  struct ProductOfLane {
+    float* d;
+    const uint32_t* a;  // of registers, or null
+    FactorPlace shared_a, b;
+  };
+  void add_product(Operation element, int tiles, bool accumulate, ProductOfLane mine) {
+    Warp& warp = *current_->warp;
+    if (!warp.may_multiply) fail("a product of a warpgroup without products_begin");
+    meet_all(Operation::kProduct, mine, [&](void* const* lanes, uint32_t) {
+      Product product = {element, {}, tiles, accumulate, mine.a != nullptr, {}, mine.shared_a, mine.b};
+      product.shared_a.first += current_->thread / 32 % 4 * 2 * mine.shared_a.along_rows;
+      for (int lane = 0; lane < 32; ++lane) {
+        const auto& of_lane = *static_cast<const ProductOfLane*>(lanes[lane]);
+        product.d[lane] = of_lane.d;
+        if (of_lane.a) std::copy_n(of_lane.a, 4, product.a[lane]);
+      }
+      warp.products.push_back(product);
+    });
+    occasion();
+  }
+  void commit_products() {
+    int nothing = 0;
+    meet_all(Operation::kProductsCommit, nothing,
+             [&](void**, uint32_t) { current_->warp->committed = current_->warp->products.size(); });
+  }
+  void wait_for_products() {
+    int nothing = 0;
+    meet_all(Operation::kProductsWait, nothing, [&](void**, uint32_t) {
+      Warp& warp = *current_->warp;
+      while (warp.committed > 0) perform_product(warp);
+      warp.may_multiply = false;
+    });
+    occasion();
+  }
+
   void meet_block() {
     Block& group = *current_->block;
     current_->warp->at_barrier |= bit(*current_);
@@ -534,6 +659,8 @@ class Machine {
     Warp& warp = *me.warp;
     if (me.group_used) fail("ends without copy_async_commit after its last copy");
     while (!me.copies.empty()) perform(0);
+    if (!me.factors.empty()) fail("ends without fence_factors after its last store_factor");
+    if (!warp.products.empty()) fail("ends without products_wait after its last product");
     if (warp.arrived != 0)
       fail("ends while thread " + std::to_string(warp.lanes[__builtin_ctz(warp.arrived)].thread) +
            " of its warp waits for it in " + name(warp.operation));
@@ -564,6 +691,8 @@ class Machine {
     if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     std::memset(copy.to + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
   }
+  // The oldest of a warp: those that follow add to the same sums.
+  static void perform_product(Warp& warp);
   void perform_some() {
     const size_t count = current_->copies.size();
     if (count > 0 && random_.one_in(copy_one_in_)) perform(random_.below(count));
@@ -620,6 +749,7 @@ class Machine {
     ++running_;
     block.live = shape_.threads;
     block.at_barrier = 0;
+    std::fill_n(block.at_barrier_of_warpgroup, std::size(block.at_barrier_of_warpgroup), 0);
     // Exactly as aligned as promised: 16 bytes after a multiple of more.
     block.storage.resize(2 * kGuardBytes + kAlignment + bytes);
     const uintptr_t address = reinterpret_cast<uintptr_t>(block.storage.data()) + kGuardBytes;
@@ -631,6 +761,7 @@ class Machine {
       Fiber& fiber = fibers[t];
       fiber.group = 0;
       fiber.group_used = false;
+      fiber.factors.clear();
       fiber.context.prepare(fiber.stack, Stacks::kBytes, enter);
       fiber.warp->live |= bit(fiber);
       fiber.warp->ready |= bit(fiber);
@@ -705,10 +836,12 @@ class Machine {
     std::string text;
     int told = 0;
     for (const Warp& warp : warps_)
-      for (const uint32_t lanes : {warp.at_barrier, warp.arrived}) {
+      for (const uint32_t lanes : {warp.at_barrier, warp.at_barrier_of_warpgroup, warp.arrived}) {
         if (lanes == 0) continue;
         if (told++ == kMostTold) return text + "; ...";
-        const Operation operation = lanes == warp.arrived ? warp.operation : Operation::kBlockBarrier;
+        const Operation operation = lanes == warp.arrived                   ? warp.operation
+                                    : lanes == warp.at_barrier_of_warpgroup ? Operation::kWarpgroupBarrier
+                                                                            : Operation::kBlockBarrier;
         text += (told > 1 ? "; " : ": ") + where(warp.lanes[__builtin_ctz(lanes)]) + " waits in " + name(operation);
         const int count = __builtin_popcount(lanes);
         if (count > 1) text += " with " + std::to_string(count - 1) + " more of its warp";
@@ -819,6 +952,38 @@ inline float float_of_fp16_bits(uint32_t x) {
   return float_of_bits(bits | (x & 0x8000) << 16);
 }
 
+// A number of 32-bit word of factors: element i of those of 16 bits, of which there are two.
+inline float number_of(Operation element, uint32_t word, int i) {
+  switch (element) {
+    case Operation::kMmaBf16: return float_of_bits(i ? word & 0xffff0000 : word << 16);
+    case Operation::kMmaFp16: return float_of_fp16_bits(word >> 16 * i & 0xffff);
+    default: return float_of_bits(word & 0xffffe000);  // the multipliers do not see the low 13 bits
+  }
+}
+
+inline void Machine::perform_product(Warp& warp) {
+  constexpr int kWords = 8;  // of K
+  const Product product = warp.products.front();
+  warp.products.erase(warp.products.begin());
+  if (warp.committed > 0) --warp.committed;
+  const int of_word = product.element == Operation::kMmaTf32 ? 1 : 2;
+  for (int lane = 0; lane < 32; ++lane)
+    for (int tile = 0; tile < product.tiles; ++tile)
+      for (int i = 0; i < 4; ++i) {
+        const int g = lane / 4, row = g + i / 2 * 8, column = tile * 8 + 2 * (lane % 4) + i % 2;
+        float sum = product.accumulate ? product.d[lane][tile * 4 + i] : 0.f;
+        for (int k = 0; k < kWords; ++k) {
+          // Of a row, lane 4 g + q has words q and q + 4.
+          const uint32_t a = product.a_in_registers ? product.a[4 * g + k % 4][k / 4 * 2 + i / 2]
+                                                    : product.shared_a.word(row, k),
+                         b = product.b.word(column, k);
+          for (int j = 0; j < of_word; ++j) sum += number_of(product.element, a, j) * number_of(product.element, b, j);
+        }
+        product.d[lane][tile * 4 + i] = sum;
+      }
+  ++machine.report.products;
+}
+
 inline float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
 }  // namespace emulation
@@ -865,6 +1030,8 @@ inline bool warp_all(bool predicate) {
   return mine.result;
 }
 
+inline bool warp_any(bool predicate) { return !warp_all(!predicate); }
+
 inline int warp_shuffle(int value, int from) {
   struct Exchange {
     int value, from, result;
@@ -878,27 +1045,79 @@ inline int warp_shuffle(int value, int from) {
   return mine.result;
 }
 
+template <class T>
+T* opaque(T* p) {
+  return p;
+}
+
 // ------------------------------------------------------------------------------------------------ arithmetic
 
 inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulation::Operands mine = {d, {a0, a1, a2, a3}, {b0, b1}};
   emulation::machine.meet_all(emulation::Operation::kMmaBf16, mine, [](void* const* arguments, uint32_t) {
-    emulation::multiply<16>(arguments, [](uint32_t x, int i) { return float_of_bits(i ? x & 0xffff0000 : x << 16); });
+    emulation::multiply<16>(
+        arguments, [](uint32_t x, int i) { return emulation::number_of(emulation::Operation::kMmaBf16, x, i); });
   });
 }
 inline void mma_fp16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulation::Operands mine = {d, {a0, a1, a2, a3}, {b0, b1}};
   emulation::machine.meet_all(emulation::Operation::kMmaFp16, mine, [](void* const* arguments, uint32_t) {
-    emulation::multiply<16>(arguments,
-                            [](uint32_t x, int i) { return emulation::float_of_fp16_bits(x >> 16 * i & 0xffff); });
+    emulation::multiply<16>(
+        arguments, [](uint32_t x, int i) { return emulation::number_of(emulation::Operation::kMmaFp16, x, i); });
   });
 }
 inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulation::Operands mine = {d, {a0, a1, a2, a3}, {b0, b1}};
   emulation::machine.meet_all(emulation::Operation::kMmaTf32, mine, [](void* const* arguments, uint32_t) {
-    // The multipliers do not see the low 13 bits.
-    emulation::multiply<8>(arguments, [](uint32_t x, int) { return float_of_bits(x & 0xffffe000); });
+    emulation::multiply<8>(
+        arguments, [](uint32_t x, int i) { return emulation::number_of(emulation::Operation::kMmaTf32, x, i); });
   });
+}
+
+// ---- Of warpgroups: a product takes place at any moment between its start and the wait, one after the other. What it
+// reads of a factor is NaN until the thread that stored it has made a fence.
+
+inline void warpgroup_barrier(int warpgroup) { emulation::machine.meet_warpgroup(warpgroup); }
+
+class SharedFactor {
+ public:
+  SharedFactor(const uint4* first, int along_k, int along_rows) : place_{first, along_k, along_rows} {}
+  SharedFactor from(int vectors) const {
+    return SharedFactor(place_.first + vectors, place_.along_k, place_.along_rows);
+  }
+  const emulation::FactorPlace& place() const { return place_; }
+
+ private:
+  emulation::FactorPlace place_;
+};
+
+inline void store_factor(uint4* to_shared, const uint4& vector) { emulation::machine.store_factor(to_shared, vector); }
+inline void fence_factors() { emulation::machine.fence_factors(); }
+inline void products_begin() { emulation::machine.begin_products(); }
+inline void products_commit() { emulation::machine.commit_products(); }
+inline void products_wait() { emulation::machine.wait_for_products(); }
+
+namespace emulation {
+template <int Tiles>
+void wgmma(Operation element, float (&d)[Tiles][4], const uint32_t (&a)[4], const SharedFactor& b, bool accumulate) {
+  machine.add_product(element, Tiles, accumulate, {d[0], a, {}, b.place()});
+}
+template <int Tiles>
+void wgmma(Operation element, float (&d)[Tiles][4], const SharedFactor& a, const SharedFactor& b, bool accumulate) {
+  machine.add_product(element, Tiles, accumulate, {d[0], nullptr, a.place(), b.place()});
+}
+}  // namespace emulation
+template <int Tiles, class A>
+void wgmma_bf16(float (&d)[Tiles][4], const A& a, const SharedFactor& b, bool accumulate) {
+  emulation::wgmma(emulation::Operation::kMmaBf16, d, a, b, accumulate);
+}
+template <int Tiles, class A>
+void wgmma_fp16(float (&d)[Tiles][4], const A& a, const SharedFactor& b, bool accumulate) {
+  emulation::wgmma(emulation::Operation::kMmaFp16, d, a, b, accumulate);
+}
+template <int Tiles, class A>
+void wgmma_tf32(float (&d)[Tiles][4], const A& a, const SharedFactor& b, bool accumulate) {
+  emulation::wgmma(emulation::Operation::kMmaTf32, d, a, b, accumulate);
 }
 
 inline uint32_t transpose_8x8(uint32_t x) {

@@ -96,6 +96,11 @@ WAVES = replace(PERSISTENT, B=27, D=1, forward_shape=(4, 1, 2), backward_shape=(
 SMALL_DEVICE = replace(PERSISTENT, device=(4, DEVICES[0][1]), forward_shape=(2, 0, 0), backward_shape=(2, 0, 0))
 DEEP = replace(STEPWISE, L=2, dropout=True)
 STREAMED = replace(PERSISTENT, family="streamed", forward_shape=(1, 1), backward_shape=(2, 1))
+# Whole octets; CTAs without units; a warp that has the cells of two octets; a ring of slots with fewer than there are
+# rounds.
+WARPGROUP = Case("warpgroup", "bf16", T=6, B=11, I=2, H=40, D=2, h_0_scale=5)
+WARPGROUP_TF32 = replace(WARPGROUP, element="tf32", forward_shape=(2, 8), backward_shape=(2, 8))
+RING = replace(WARPGROUP_TF32, T=3, H=264, D=1)
 # Steps of a pass in several launches; layers that run at the same time, the last group of which is not whole.
 RUNS = tuple(
     replace(case, T=13, D=2, forward_shape=(0, 0, 0, 0, 4), backward_shape=(0, 0, 0, 0, 4))
@@ -872,7 +877,7 @@ MUTATIONS = [
     Mutation(
         "cell states end with the run",
         "cuda/backward_tile.cuh",
-        "const bool exists = «n <= run_.end» &&",
+        "const bool exists = «n <= run_.end» && n < p_.sequences.steps && time(n) < Base::copied_length();",
         "n < run_.end",
         "the last step reads the cell state before it",
         LAYERS,
@@ -1597,6 +1602,159 @@ MUTATIONS = [
         "layer.d_outputs[d].roll(1, 0)",
         "a step's gradient belongs to its own hidden state",
         (PROJECTED,),
+    ),
+    # Products of warpgroups.
+    Mutation(
+        "warpgroup forward without its barrier",
+        "cuda/warpgroup_forward.cu",
+        "  // the next step's\n    «block_barrier();»\n    if (has_cells) {",
+        "",
+        "sums are added before both warpgroups have put theirs",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "warpgroup sums of every step in one place",
+        "cuda/warpgroup_forward.cu",
+        "sums_memory + «(n & 1)» * Sums::kVectors",
+        "0",
+        "sums are overwritten that another warp still adds",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "warpgroup forward in one buffer",
+        "cuda/warpgroup_forward.cu",
+        "(2 * team + «(n & 1)») * Tiles * tile_vectors",
+        "0",
+        "states are overwritten that others still load",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "warpgroup forward waits for the wrong tag",
+        "cuda/warpgroup_forward.cu",
+        "states.set(buffer(n), «tag_of(n)»);",
+        "tag_of(n + 2)",
+        "a tag alternates every second step",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "factors without a fence",
+        "cuda/warpgroup.cuh",
+        "arrive(round, slot);\n    «fence_factors();»",
+        "",
+        "products do not see what ordinary stores have written",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "factors without a barrier",
+        "cuda/warpgroup.cuh",
+        "«warpgroup_barrier(warpgroup);»\n    products_begin();",
+        "",
+        "other warps have not stored their factors yet",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "products of a ring are not waited for",
+        "cuda/warpgroup.cuh",
+        "if («Slots < Rounds && round > 0») products_wait();",
+        "false",
+        "factors are overwritten that a product still reads",
+        (RING,),
+    ),
+    Mutation(
+        "warpgroup forward does not wait for products",
+        "cuda/warpgroup_forward.cu",
+        "cells.begin(n, a);\n    «products_wait();»",
+        "",
+        "sums are put away before they are there",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "warpgroup products begin without saying so",
+        "cuda/warpgroup.cuh",
+        "warpgroup_barrier(warpgroup);\n    «products_begin();»",
+        "",
+        "registers of products have been written",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "a NaN of h stays a number",
+        "cuda/warpgroup_forward.cu",
+        "return value | «((value + (0x3fffu - E::kOne)) & kBits)»;",
+        "0",
+        "the unit whose tag it shares hands on a number below 2",
+        (replace(WARPGROUP, D=1, nan_at=("c_0", 6)),),
+    ),
+    Mutation(
+        "a cut does not reach h of a warpgroup",
+        "cuda/warpgroup_forward.cu",
+        "if (first && Base::exists(round, i) && «!order.restarts(p_.sequences, t, b, length)»)",
+        "true",
+        "a sequence can be cut before its first step",
+        (cut(WARPGROUP), cut(ragged(WARPGROUP))),
+    ),
+    Mutation(
+        "a run of warpgroups begins with h_0",
+        "cuda/warpgroup_forward.cu",
+        "begins_run ? «initial_h(run_)» : run_.h_0",
+        "run_.h_0",
+        "later runs begin with what the run before has made",
+        (replace(WARPGROUP, T=13, forward_shape=(0, 0, 0, 0, 4)),),
+    ),
+    Mutation(
+        "copies of inputs overtake those who read",
+        "cuda/warpgroup_forward.cu",
+        "if («kOwnOctets > 1») warp_barrier();",
+        "false",
+        "other lanes have not read the stage yet",
+        (WARPGROUP_TF32,),
+    ),
+    Mutation(
+        "CTAs without units take no sums",
+        "cuda/warpgroup_backward.cu",
+        "if («own_tile < Tiles») {",
+        "has_cells",
+        "they run ahead and overwrite sums that others wait for",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "warpgroup backward without its barrier",
+        "cuda/warpgroup_backward.cu",
+        "d_gates[o]);\n    }\n    «block_barrier();»",
+        "",
+        "factors are overwritten that a product still reads",
+        (WARPGROUP, replace(WARPGROUP, B=60, backward_shape=(2, 8))),
+    ),
+    Mutation(
+        "a part of K has the weights of another",
+        "cuda/warpgroup_backward.cu",
+        "part = «part_of_k * kWarpgroups + at.warpgroup», first_block",
+        "part_of_k * kWarpgroups",
+        "each warpgroup has its own part",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "sums of units in one buffer",
+        "cuda/warpgroup_backward.cu",
+        "(2 * team + «(n & 1)») * ctas * Tiles",
+        "0",
+        "sums are overwritten that another CTA still waits for",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "inputs of the last step but one are taken for granted",
+        "cuda/warpgroup_backward.cu",
+        "copy_async_wait<«kBackwardStages - 3»>();",
+        "kBackwardStages - 2",
+        "the cell state of the next step may be on its way",
+        (WARPGROUP,),
+    ),
+    Mutation(
+        "gradients with a bit of their tag",
+        "cuda/warpgroup_backward.cu",
+        "publish_gradients<E>(opaque(buffer(n) + own_tile * tile_vectors), first_octet + o, at.lane, «tag_of(n)»",
+        "tag_of(n + 2)",
+        "a tag alternates every second step",
+        (WARPGROUP,),
     ),
 ]
 
