@@ -364,6 +364,7 @@ def candidates(device: str) -> list[Candidate]:
     teams += [(family, None, None) for family in verification.CUDA_PLANS]
     teams += [("resident", octets, None) for octets in (1, 2)]
     teams += [("persistent", octets, tiles) for octets in (1, 2, 4) for tiles in (1, 2, 4, 8)]
+    teams += [("warpgroup", octets, tiles) for octets in (2, 4) for tiles in (2, 4, 8)]
     teams += [("streamed", octets, tiles) for octets in (1, 2, 4) for tiles in (1, 4, 8)]
     layers = [(1, None), (None, None), (2, 32), (2, 64), (2, 128), (4, 64)]
     stacks = [
@@ -372,8 +373,8 @@ def candidates(device: str) -> list[Candidate]:
         for at_once, steps in layers
         if at_once is None or at_once <= L
     ]
-    sizes = [(512, 64), (1024, 16), (128, 64), (256, 64), (1024, 64), (512, 16), (768, 16), (512, 1), (256, 128)]
-    sizes += [(512, 256), (2048, 16), (64, 256), (1024, 1), (768, 128), (128, 256), (2048, 64)]
+    sizes = [(512, 64), (1024, 64), (512, 256), (1024, 16), (1024, 256), (256, 64), (2048, 64), (128, 256), (768, 128)]
+    sizes += [(512, 16), (128, 64), (768, 16), (512, 1), (256, 128), (2048, 16), (64, 256), (1024, 1)]
     single = [
         Candidate(512, B, H, dtype, *team)
         for dtype in ("bfloat16", "float32", "float16")

@@ -17,13 +17,13 @@ from fastlstm.planning import GPUS, CudaPlan
 
 HIDDEN = (128, 256, 512, 768, 1024, 2048)
 BATCHES = (1, 16, 64, 256)
-FAMILIES = {"stepwise": "s", "streamed": "t", "resident": "r", "persistent": "p"}
+FAMILIES = {"stepwise": "s", "streamed": "t", "resident": "r", "persistent": "p", "warpgroup": "w"}
 
 
 def table(gpu: str, dtype: torch.dtype, steps: int) -> list[str]:
     lines = [
         f"*Predicted*: {gpu}, {str(dtype).removeprefix('torch.')}, T = {steps}, one layer, microseconds per time step, "
-        "forward / backward recurrence. Families: r resident, p persistent, t streamed, s stepwise.",
+        "forward / backward recurrence. Families: r resident, p persistent, w warpgroup, t streamed, s stepwise.",
         "",
         "| H | " + " | ".join(f"B = {batch}" for batch in BATCHES) + " |",
         "|---" * (len(BATCHES) + 1) + "|",
