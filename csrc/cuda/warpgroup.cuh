@@ -133,7 +133,7 @@ __device__ const AbsentStates absent_packets = {{{0, 0, 0, 0}, {0, 0, 0, Tag::kB
 template <class Tag, int Tiles, int RoundBlocks>
 class ArrivingPackets {
  public:
-  // first_block: of K, of this warpgroup; last: the number of the packets that exist.
+  // first_block: of K, of this warpgroup. packets: how many there are along K.
   __device__ __forceinline__ ArrivingPackets(const WarpgroupPlace& at, int tile_vectors, int first_block, int packets)
       : warp_(at.warp_of_group),
         lane_(at.lane),

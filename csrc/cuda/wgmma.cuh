@@ -58,8 +58,8 @@ __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group
 #define FASTLSTM_REGISTERS32                                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
   "%29,%30,%31}"
-// COUNT: of a thread's sums, N: columns, A0 ... A5: numbers of the operands behind them. FLAGS: signs of the factors
-// and, for elements of 16 bits, whether shared factors are transposed.
+// COUNT: of a thread's sums. N: columns. A0 ... A5: numbers of the operands behind the sums. OF_ONE, OF_BOTH: signs of
+// the factors and, for elements of 16 bits, whether one or both of them are transposed in shared memory.
 #define FASTLSTM_PRODUCT(NAME, TYPES, DEPTH, OF_ONE, OF_BOTH, COUNT, TILES, N, A0, A1, A2, A3, A4, A5)                \
   __device__ __forceinline__ void NAME(float (&d)[TILES][4], const uint32_t (&a)[4], const SharedFactor& b,           \
                                        bool accumulate) {                                                             \
