@@ -24,7 +24,7 @@ LOOP_KERNELS = ("persistent_forward", "persistent_backward", "resident_forward",
 STREAMED_KERNELS = ("streamed_forward", "streamed_backward")
 WARPGROUP_KERNELS = ("warpgroup_forward", "warpgroup_backward")  # for sm_90a alone
 # Addresses that ptxas 13.0 keeps there in kernels with several rounds, however few weights registers hold.
-STACK = {"warpgroup_forward": {(2, 12, 8): 32, (2, 16, 8): 8}, "warpgroup_backward": {(2, 12, 8): 16}}
+STACK = {"warpgroup_forward": {(2, 12, 8): 24, (2, 16, 8): 16}, "warpgroup_backward": {(2, 12, 8): 16}}
 
 
 def named(pattern: str, instructions: tuple[Instruction, ...]) -> list[str]:

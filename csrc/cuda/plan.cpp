@@ -42,8 +42,8 @@ constexpr double kSharedBytes = 128;  // bytes per cycle and SM from shared memo
 constexpr double kLaunch = 6;         // microseconds: weights into registers, launch, filling the exchange buffer
 constexpr double kRunProducts = 8;    // microseconds that cutting a product over all steps costs, per run
 constexpr double kLibraryStep = 16;   // microseconds of a step whose product is a library call: host time
-constexpr double kLibraryRate =
-    0.9;  // of the tensor cores' peak (as kMma has it) that such a product reaches, if it is large
+// Of the tensor cores' peak, as kMma has it, that such a product reaches if it is large.
+constexpr double kLibraryRate = 0.9;
 constexpr double kMemoryBytes = 3e6;  // bytes per microsecond of device memory
 constexpr double kStepLaunch = 3;     // microseconds from the end of a step's kernel to the next one's start
 constexpr double kForwardLatency = 2900, kBackwardLatency = 6500;  // of a kernel for one step

@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "dispatch.cuh"
 #include "elements.cuh"
 #include "layout.h"
 #include "product.cuh"
@@ -120,6 +121,18 @@ class WarpgroupWeights {
   uint4* const shared_;
 };
 
+// How the last word of a packet has its tag: in some bits.
+template <uint32_t Bits>
+struct TagBits {
+  static constexpr uint32_t kBits = Bits;
+
+  // A tag as a word has it.
+  static __device__ __forceinline__ uint32_t of(bool tag) { return tag ? kBits : 0; }
+  // Not 0 if the word has the other tag; `tag` as of() gives it.
+  static __device__ __forceinline__ uint32_t wrong(uint32_t word, uint32_t tag) { return (word ^ tag) & kBits; }
+  static __device__ __forceinline__ uint32_t with(uint32_t word, bool tag) { return (word & ~kBits) | of(tag); }
+};
+
 // What lanes without a packet load, with both tags: a value that is chosen after a load would have to wait for it.
 template <class Tag>
 __device__ const AbsentStates absent_packets = {{{0, 0, 0, 0}, {0, 0, 0, Tag::kBits}}};
@@ -128,8 +141,7 @@ __device__ const AbsentStates absent_packets = {{{0, 0, 0, 0}, {0, 0, 0, Tag::kB
 // [tile][block][packet][column]. In a round, a warp of a warpgroup has some pairs of a block and a column tile, and a
 // lane one packet of each.
 //
-// Tag: in word 3 of a packet, the bits Tag::kBits say which step it belongs to; Tag::removed() is the word without
-// them.
+// Tag: the TagBits of a packet, which say what step it belongs to; Tag::removed() is its last word without them.
 template <class Tag, int Tiles, int RoundBlocks>
 class ArrivingPackets {
  public:
@@ -144,7 +156,7 @@ class ArrivingPackets {
   // The following calls are about what lies in this buffer, when its tags are these.
   __device__ __forceinline__ void set(const uint4* buffer, bool tag) {
     from_ = opaque(buffer + warp_ % Tiles * tile_vectors_ + first_block_ * kWarpThreads + lane_);
-    tag_ = tag ? Tag::kBits : 0;
+    tag_ = Tag::of(tag);
   }
 
   // Starts to load the states of a round.
@@ -159,12 +171,12 @@ class ArrivingPackets {
     for (;;) {
       uint32_t wrong = 0;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) wrong |= states_[i].w ^ tag_;
-      if (warp_all((wrong & Tag::kBits) == 0)) break;
+      for (int i = 0; i < kLoads; ++i) wrong |= this->wrong(states_[i]);
+      if (warp_all(wrong == 0)) break;
       // Whoever asked for all of them again would wait for what L2 can deliver.
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
-        if (warp_any(((states_[i].w ^ tag_) & Tag::kBits) != 0)) load(round, i);
+        if (warp_any(this->wrong(states_[i]) != 0)) load(round, i);
       limit.tick();
     }
 #pragma unroll
@@ -178,6 +190,9 @@ class ArrivingPackets {
   // and of block warp_ / Tiles and those from there on.
   static constexpr int kLoads = RoundBlocks * Tiles / kWarpgroupWarps;
   static constexpr int kTilesOfWarp = Tiles > kWarpgroupWarps ? Tiles / kWarpgroupWarps : 1;
+
+  // Not 0 if a packet is not that of the step.
+  __device__ __forceinline__ uint32_t wrong(const uint4& packet) const { return Tag::wrong(packet.w, tag_); }
 
   __device__ __forceinline__ bool exists(int round, int i) const { return block(round, i) < blocks_; }
   __device__ __forceinline__ const uint4* from(int round, int i) const {
@@ -230,6 +245,21 @@ __device__ __forceinline__ void multiply_rounds(const Weights& weights, float (&
       weights.multiply_step(sums, round * kSteps + step, states.from(step * 2 * kColumns), round + step > 0);
     products_commit();
   }
+}
+
+// Launches the kernel of a shape, Kernels<E>::kernel<shape>(), in teams of so many CTAs; `pass` is what it has.
+template <const auto& Variants, template <class E> class Kernels, class Params>
+cudaError_t launch_warpgroups(Element element, const Params& params, int ctas,
+                              WarpgroupPass (*pass)(const TeamShape&, int element_bytes), cudaStream_t stream) {
+  return with_mma_element(element, [&]<class E>(E) {
+    if constexpr (E::kParts > 1) {
+      return cudaErrorInvalidValue;
+    } else {
+      const LaunchShape shape = {params.runs * params.groups * ctas, kBlockThreads,
+                                 pass(params.team, Words<E>::kBytes).shared_bytes, true};
+      return launch(find_variant<Variants, Kernels<E>>(params.team), shape, stream, params);
+    }
+  });
 }
 
 }  // namespace fastlstm::cuda

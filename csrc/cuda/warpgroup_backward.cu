@@ -14,7 +14,6 @@
 #ifdef FASTLSTM_WARPGROUPS  // compiled for sm_90a
 
 #include "backward_tile.cuh"
-#include "dispatch.cuh"
 #include "exchange.cuh"
 #include "warpgroup.cuh"
 
@@ -26,11 +25,8 @@ constexpr int kOctetsOfCta = 2;
 
 // The lowest bit of the last number, which the o gate of every second unit gives up in this product; of TF32, products
 // do not see it. The gradients of the weights use the exact ones.
-struct LastBit {
-  static constexpr uint32_t kBits = 1;
+struct LastBit : TagBits<1> {
   static __device__ __forceinline__ uint32_t removed(uint32_t word) { return word & ~kBits; }
-  static __device__ __forceinline__ bool is_wrong(uint32_t word, bool tag) { return ((word & kBits) != 0) != tag; }
-  static __device__ __forceinline__ uint32_t with(uint32_t word, bool tag) { return (word & ~kBits) | (tag ? 1u : 0u); }
 };
 
 // Columns of W_hh as rows of the product. A block of K of all 64 of them, as W_hh has it in rows for the gates of some
@@ -153,11 +149,12 @@ struct ExchangedSums {
     for (;;) {
       bool any = false;
 #pragma unroll
-      for (int i = 0; i < kSumsOfCell; ++i) any = any || LastBit::is_wrong(parts[i].w, tag);
+      for (int i = 0; i < kSumsOfCell; ++i) any = any || LastBit::wrong(parts[i].w, LastBit::of(tag)) != 0;
       if (warp_all(!any)) break;
 #pragma unroll
       for (int i = 0; i < kSumsOfCell; ++i)
-        if (warp_any(LastBit::is_wrong(parts[i].w, tag))) parts[i] = load_relaxed_packet(from + i * kPartVectors);
+        if (warp_any(LastBit::wrong(parts[i].w, LastBit::of(tag)) != 0))
+          parts[i] = load_relaxed_packet(from + i * kPartVectors);
       limit.tick();
     }
 #pragma unroll
@@ -282,16 +279,8 @@ struct Kernels {
 }  // namespace
 
 cudaError_t launch_warpgroup_backward(Element element, const BackwardParams& params, cudaStream_t stream) {
-  return with_mma_element(element, [&]<class E>(E) {
-    if constexpr (E::kParts > 1) {
-      return cudaErrorInvalidValue;
-    } else {
-      const auto kernel = find_variant<kWarpgroupBackwardVariants, Kernels<E>>(params.team);
-      const LaunchShape shape = {params.runs * params.groups * warpgroup_backward_ctas(params.hidden), kBlockThreads,
-                                 warpgroup_backward_pass(params.team, Words<E>::kBytes).shared_bytes, true};
-      return launch(kernel, shape, stream, params);
-    }
-  });
+  return launch_warpgroups<kWarpgroupBackwardVariants, Kernels>(element, params, warpgroup_backward_ctas(params.hidden),
+                                                                warpgroup_backward_pass, stream);
 }
 
 }  // namespace fastlstm::cuda

@@ -7,7 +7,6 @@
 
 #ifdef FASTLSTM_WARPGROUPS  // compiled for sm_90a
 
-#include "dispatch.cuh"
 #include "forward_tile.cuh"
 #include "warpgroup.cuh"
 
@@ -19,13 +18,12 @@ namespace {
 // every |h| <= 1; a NaN of that element travels as a value between 1 and 2, which no h has. Of TF32, it is a bit that
 // products do not see.
 template <class E>
-struct TagOfH {
-  static constexpr uint32_t kBits = Words<E>::kHalf ? 0x4000u : 1u;
-
+struct TagOfH : TagBits<Words<E>::kHalf ? 0x4000u : 1u> {
   static __device__ __forceinline__ uint32_t removed(uint32_t word) {
     if constexpr (!Words<E>::kHalf) return word;
-    const uint32_t value = word & ~kBits;
-    return value | ((value + (0x3fffu - E::kOne)) & kBits);  // carries into that bit from a magnitude greater than 1
+    const uint32_t value = word & ~TagOfH::kBits;
+    // Carries into that bit from a magnitude greater than 1.
+    return value | ((value + (0x3fffu - E::kOne)) & TagOfH::kBits);
   }
 };
 
@@ -67,8 +65,7 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
 
   __device__ __forceinline__ ArrivingH(const ForwardParams& p, const ForwardRun& run, const WarpgroupPlace& at,
                                        int first_block, int first_column)
-      : Base(at, forward_blocks(p.hidden, W::kBytes) * kWarpThreads, first_block,
-             ceil_div(p.hidden, kOctet) * kOctet / W::kPerVector),
+      : Base(at, forward_blocks(p.hidden, W::kBytes) * kWarpThreads, first_block, p.hidden / W::kPerVector),
         p_(p),
         run_(run),
         first_column_(first_column) {}
@@ -82,7 +79,7 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
     bool any = false;
 #pragma unroll
     for (int i = 0; i < Base::kTilesOfWarp; ++i) any = any || t == length_of(p_.sequences, column(i)) - 1;
-    return !warp_all(!any);
+    return warp_any(any);
   }
 
   // load() and receive() for such a step: one state after the other, for it is rare.
@@ -90,7 +87,6 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
     const bool begins_run = n == run_.begin;
     const Order order = {run_.reverse};
     const int t = order.time(n, p_.sequences.steps);
-    const uint32_t tag = tag_of(n - 1) ? TagOfH<E>::kBits : 0;
 #pragma unroll 1
     for (int i = 0; i < Base::kLoads; ++i) {
       const int b = column(i), length = length_of(p_.sequences, b);
@@ -105,7 +101,7 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
         state = {E::part(state.x, 0), E::part(state.y, 0), E::part(state.z, 0), E::part(state.w, 0)};
       } else if (!first && !begins_run && Base::exists(round, i)) {
         SpinLimit limit;
-        while ((((state = load_relaxed_packet(Base::from(round, i))).w ^ tag) & TagOfH<E>::kBits) != 0) limit.tick();
+        while (Base::wrong(state = load_relaxed_packet(Base::from(round, i))) != 0) limit.tick();
         state.w = TagOfH<E>::removed(state.w);
       }
       store_factor(Base::place(slot, i), state);
@@ -127,8 +123,8 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
 template <class E>
 __device__ __forceinline__ void publish_h(uint4* buffer, int octet, int lane, bool tag, const float (&h)[2]) {
   const auto put = [&](int packet, int column, const uint32_t (&words)[4]) {
-    const uint32_t last = (words[3] & ~TagOfH<E>::kBits) | (tag ? TagOfH<E>::kBits : 0);
-    store_relaxed_packet(buffer + packet * kColumns + column, {words[0], words[1], words[2], last});
+    store_relaxed_packet(buffer + packet * kColumns + column,
+                         {words[0], words[1], words[2], TagOfH<E>::with(words[3], tag)});
   };
   uint32_t words[4];
   if constexpr (Words<E>::kHalf) {
@@ -237,17 +233,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1) warpgroup_forward(const Forw
   };
   block_barrier();
 
-  const int begin_of_run = run.begin;
   bool begins = true;
-  for (int n = begin_of_run; n < run.end; ++n) {
+  for (int n = run.begin; n < run.end; ++n) {
     const Sums sums_of_step(sums_memory + (n & 1) * Sums::kVectors);
     float sums[kMTiles][Tiles][4] = {};
     multiply_rounds<kPass.round_blocks, kPass.slots, kRounds>(weights, sums, at.warpgroup,
                                                               all_slots + at.warpgroup * kPass.slots * kSlotVectors,
                                                               [&](int round, uint4* slot) {
                                                                 if (begins) {
-                                                                  if (n > begin_of_run)
-                                                                    states.set(buffer(n - 1), tag_of(n - 1));
                                                                   states.receive_beginning(n, round, slot);
                                                                 } else {
                                                                   states.receive(round, slot);
@@ -280,10 +273,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) warpgroup_forward(const Forw
     }
     const auto load_next = [&] {
       if (n + 1 == run.end) return;
-      begins = states.begins(n + 1);
-      if (begins) return;
       states.set(buffer(n), tag_of(n));
-      states.load(0);
+      begins = states.begins(n + 1);
+      if (!begins) states.load(0);
     };
     if constexpr (kLoadsEarly) load_next();  // states are on their way while results are stored
     if (has_cells) {
@@ -310,17 +302,8 @@ struct Kernels {
 bool has_warpgroup_kernels() { return true; }
 
 cudaError_t launch_warpgroup_forward(Element element, const ForwardParams& params, cudaStream_t stream) {
-  return with_mma_element(element, [&]<class E>(E) {
-    if constexpr (E::kParts > 1) {
-      return cudaErrorInvalidValue;
-    } else {
-      const auto kernel = find_variant<kWarpgroupForwardVariants, Kernels<E>>(params.team);
-      const LaunchShape shape = {params.runs * params.groups * team_ctas(params.hidden, params.team.octets),
-                                 kBlockThreads, warpgroup_forward_pass(params.team, Words<E>::kBytes).shared_bytes,
-                                 true};
-      return launch(kernel, shape, stream, params);
-    }
-  });
+  return launch_warpgroups<kWarpgroupForwardVariants, Kernels>(
+      element, params, team_ctas(params.hidden, params.team.octets), warpgroup_forward_pass, stream);
 }
 
 }  // namespace fastlstm::cuda

@@ -341,9 +341,8 @@ def random_case(family: str, seed: int) -> Case:
         H = draw.choice([draw.randint(8, 64), draw.randint(8, 64), draw.randint(65, 96)])
         if draw.random() < 0.06:
             H, T, B, L, D = draw.choice([256, 300]), min(T, 3), min(B, 9), 1, 1
-    if (
-        family in ("resident", "persistent", "warpgroup") and draw.random() < 0.4
-    ):  # several launches, of layers at the same time
+    keeps_weights = family in ("resident", "persistent", "warpgroup")
+    if keeps_weights and draw.random() < 0.4:  # several launches, of layers at the same time
         T, L = draw.randint(5, 14), draw.choice([1, 2, 3])
     if family == "warpgroup":  # whole octets
         H = -(-H // 8) * 8

@@ -884,49 +884,6 @@ inline const std::string& last_error() { return machine.report.error; }
 
 // ------------------------------------------------------------------------------------------------ warp arithmetic
 
-struct Operands {
-  float* d;
-  uint32_t a[4], b[2];
-};
-
-// D += A B for 16 x Depth times Depth x 8; element(register, i) is the i-th number of a register. A register of an
-// operand holds Depth / 8 numbers that follow each other along the depth, and a second one those half the depth later.
-template <int Depth, class Element>
-void multiply(void* const* arguments, const Element& element) {
-  constexpr int kEach = Depth / 8;
-  typedef float Four __attribute__((vector_size(4 * sizeof(float))));  // in a register everywhere
-  float a[16][Depth];
-  Four b[Depth][2], d[16][2];
-  for (int lane = 0; lane < 32; ++lane) {
-    const Operands& x = *static_cast<const Operands*>(arguments[lane]);
-    const int g = lane / 4, q = lane % 4;
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < kEach; ++i) {
-        const int k = Depth / 2 * half + kEach * q + i;
-        a[g][k] = element(x.a[2 * half], i);
-        a[g + 8][k] = element(x.a[2 * half + 1], i);
-        b[k][g / 4][g % 4] = element(x.b[half], i);
-      }
-    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][q / 2][2 * (q % 2) + i % 2] = x.d[i];
-  }
-  // Products of two such numbers are exact in float32.
-  for (int row = 0; row < 16; ++row) {
-    Four left = d[row][0], right = d[row][1];
-    for (int k = 0; k < Depth; ++k) {
-      left += a[row][k] * b[k][0];
-      right += a[row][k] * b[k][1];
-    }
-    d[row][0] = left;
-    d[row][1] = right;
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    float* const to = static_cast<const Operands*>(arguments[lane])->d;
-    const int g = lane / 4, q = lane % 4;
-    for (int i = 0; i < 4; ++i) to[i] = d[g + i / 2 * 8][q / 2][2 * (q % 2) + i % 2];
-  }
-  ++machine.report.products;
-}
-
 inline uint32_t bf16_of(float x) {
   const uint32_t bits = bits_of(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
@@ -952,13 +909,61 @@ inline float float_of_fp16_bits(uint32_t x) {
   return float_of_bits(bits | (x & 0x8000) << 16);
 }
 
-// A number of 32-bit word of factors: element i of those of 16 bits, of which there are two.
+// A number of a 32-bit word of operands: element i of those of 16 bits, of which there are two.
 inline float number_of(Operation element, uint32_t word, int i) {
   switch (element) {
     case Operation::kMmaBf16: return float_of_bits(i ? word & 0xffff0000 : word << 16);
     case Operation::kMmaFp16: return float_of_fp16_bits(word >> 16 * i & 0xffff);
     default: return float_of_bits(word & 0xffffe000);  // the multipliers do not see the low 13 bits
   }
+}
+
+struct Operands {
+  float* d;
+  uint32_t a[4], b[2];
+};
+
+// D += A B for 16 x Depth times Depth x 8. A register of an operand holds Depth / 8 numbers that follow each other
+// along the depth, and a second one those half the depth later.
+template <Operation Element, int Depth>
+void multiply(void* const* arguments) {
+  constexpr int kEach = Depth / 8;
+  typedef float Four __attribute__((vector_size(4 * sizeof(float))));  // in a register everywhere
+  float a[16][Depth];
+  Four b[Depth][2], d[16][2];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Operands& x = *static_cast<const Operands*>(arguments[lane]);
+    const int g = lane / 4, q = lane % 4;
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < kEach; ++i) {
+        const int k = Depth / 2 * half + kEach * q + i;
+        a[g][k] = number_of(Element, x.a[2 * half], i);
+        a[g + 8][k] = number_of(Element, x.a[2 * half + 1], i);
+        b[k][g / 4][g % 4] = number_of(Element, x.b[half], i);
+      }
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][q / 2][2 * (q % 2) + i % 2] = x.d[i];
+  }
+  // Products of two such numbers are exact in float32.
+  for (int row = 0; row < 16; ++row) {
+    Four left = d[row][0], right = d[row][1];
+    for (int k = 0; k < Depth; ++k) {
+      left += a[row][k] * b[k][0];
+      right += a[row][k] * b[k][1];
+    }
+    d[row][0] = left;
+    d[row][1] = right;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* const to = static_cast<const Operands*>(arguments[lane])->d;
+    const int g = lane / 4, q = lane % 4;
+    for (int i = 0; i < 4; ++i) to[i] = d[g + i / 2 * 8][q / 2][2 * (q % 2) + i % 2];
+  }
+  ++machine.report.products;
+}
+
+template <Operation Element, int Depth>
+void mma(Operands mine) {
+  machine.meet_all(Element, mine, [](void* const* arguments, uint32_t) { multiply<Element, Depth>(arguments); });
 }
 
 inline void Machine::perform_product(Warp& warp) {
@@ -1053,25 +1058,13 @@ T* opaque(T* p) {
 // ------------------------------------------------------------------------------------------------ arithmetic
 
 inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  emulation::Operands mine = {d, {a0, a1, a2, a3}, {b0, b1}};
-  emulation::machine.meet_all(emulation::Operation::kMmaBf16, mine, [](void* const* arguments, uint32_t) {
-    emulation::multiply<16>(
-        arguments, [](uint32_t x, int i) { return emulation::number_of(emulation::Operation::kMmaBf16, x, i); });
-  });
+  emulation::mma<emulation::Operation::kMmaBf16, 16>({d, {a0, a1, a2, a3}, {b0, b1}});
 }
 inline void mma_fp16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  emulation::Operands mine = {d, {a0, a1, a2, a3}, {b0, b1}};
-  emulation::machine.meet_all(emulation::Operation::kMmaFp16, mine, [](void* const* arguments, uint32_t) {
-    emulation::multiply<16>(
-        arguments, [](uint32_t x, int i) { return emulation::number_of(emulation::Operation::kMmaFp16, x, i); });
-  });
+  emulation::mma<emulation::Operation::kMmaFp16, 16>({d, {a0, a1, a2, a3}, {b0, b1}});
 }
 inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  emulation::Operands mine = {d, {a0, a1, a2, a3}, {b0, b1}};
-  emulation::machine.meet_all(emulation::Operation::kMmaTf32, mine, [](void* const* arguments, uint32_t) {
-    emulation::multiply<8>(
-        arguments, [](uint32_t x, int i) { return emulation::number_of(emulation::Operation::kMmaTf32, x, i); });
-  });
+  emulation::mma<emulation::Operation::kMmaTf32, 8>({d, {a0, a1, a2, a3}, {b0, b1}});
 }
 
 // ---- Of warpgroups: a product takes place at any moment between its start and the wait, one after the other. What it

@@ -1681,7 +1681,7 @@ MUTATIONS = [
     Mutation(
         "a NaN of h stays a number",
         "cuda/warpgroup_forward.cu",
-        "return value | «((value + (0x3fffu - E::kOne)) & kBits)»;",
+        "return value | «((value + (0x3fffu - E::kOne)) & TagOfH::kBits)»;",
         "0",
         "the unit whose tag it shares hands on a number below 2",
         (replace(WARPGROUP, D=1, nan_at=("c_0", 6)),),
