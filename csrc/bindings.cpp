@@ -100,11 +100,11 @@ py::dict cuda_pass_to_dict(const cuda::PassPlan& pass, const Problem& problem) {
 }
 
 py::dict cuda_plan_for(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int64_t layers, int64_t directions,
-                       const std::string& element_text, bool training, bool step_extras, int sms, int shared_bytes,
-                       int64_t l2_bytes, double gigahertz, bool warpgroups) {
+                       const std::string& element_text, bool training, bool step_extras, bool layer_norm, int sms,
+                       int shared_bytes, int64_t l2_bytes, double gigahertz, bool warpgroups) {
   const int64_t compute_bytes = element_text == "float64" ? 8 : 4;
-  const Problem problem = {T,        B,     T * B,       I,    H, P, layers, directions, compute_bytes,
-                           training, false, step_extras, false};
+  const Problem problem = {T,        B,     T * B,       I,         H, P, layers, directions, compute_bytes,
+                           training, false, step_extras, layer_norm};
   const auto element = parse_name("element", element_text, cuda::elements(), cuda::element_name);
   const cuda::Device device = {sms, shared_bytes, l2_bytes, gigahertz, warpgroups};
   py::dict d;
@@ -241,8 +241,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device", &cuda_device, py::arg("index"));
   m.def("cuda_plan_for", &cuda_plan_for, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("layers"), py::arg("directions"), py::arg("element"), py::arg("training"),
-        py::arg("step_extras"), py::arg("sms"), py::arg("shared_bytes"), py::arg("l2_bytes"), py::arg("gigahertz"),
-        py::arg("warpgroups"));
+        py::arg("step_extras"), py::arg("layer_norm"), py::arg("sms"), py::arg("shared_bytes"), py::arg("l2_bytes"),
+        py::arg("gigahertz"), py::arg("warpgroups"));
   m.def("apply", &apply, py::arg("function"), py::arg("isa"), py::arg("values"));
   m.def("time_kernels", &time_kernels, py::arg("threads"), py::arg("seconds_each"));
   m.def("plans", [] { return names(families(), family_name); });

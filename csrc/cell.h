@@ -19,6 +19,7 @@
 namespace fastlstm {
 
 constexpr int kGates = 4;
+constexpr double kNormEpsilon = 1e-5;  // what layer normalisation adds to a variance
 
 // i, f, g, o: pre-activations on entry, activations on exit. c: c_{t-1} on entry, c_t on exit.
 template <class Math, class V>

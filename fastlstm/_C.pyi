@@ -79,6 +79,7 @@ def cuda_plan_for(
     element: str,
     training: bool,
     step_extras: bool,
+    layer_norm: bool,
     sms: int,
     shared_bytes: int,
     l2_bytes: int,

@@ -55,8 +55,7 @@ class FastLSTM(nn.RNNBase):
             sequence.
         zoneout: probabilities (z_h, z_c) of an element of h and of c to keep its value in a training step.
         recompute: whether the backward pass computes the gates again instead of keeping them.
-        layer_norm: whether the gates' products and the cell state are normalised, with the parameters below. On the
-            CPU only.
+        layer_norm: whether the gates' products and the cell state are normalised, with the parameters below.
 
     For the last five see :func:`fastlstm.lstm`; all of them but ``layer_norm`` may be changed after construction, like
     ``dropout``.

@@ -141,7 +141,6 @@ def plan(
         ValueError: the module is no LSTM, a size is not positive or missing, the dtype or the device is another, or a
             forced plan cannot run the problem.
         RuntimeError: there is no such GPU, or this build has no kernels for it.
-        NotImplementedError: layer_norm on a GPU.
     """
     if module is not None:
         if module.mode != "LSTM":
@@ -166,10 +165,9 @@ def plan(
     if D not in (1, 2):
         raise ValueError(f"D must be 1 or 2, got {D}")
     if device in GPUS or (device is not None and torch.device(device).type == "cuda"):
-        if layer_norm:
-            raise NotImplementedError("layer_norm has no CUDA kernels yet")
         sizes = {"T": T, "B": B, "I": I, "H": H, "P": P, "layers": L, "directions": D}
-        return _cuda_plan(device, dtype or torch.float32, training, step_extras, **sizes)
+        steps = {"step_extras": step_extras, "layer_norm": layer_norm}
+        return _cuda_plan(device, dtype or torch.float32, training, **steps, **sizes)
     if device is not None and torch.device(device).type != "cpu":
         raise ValueError(f"device must be a CPU, a CUDA device or one of {', '.join(GPUS)}, got {device}")
     found = _C.plan_for(
@@ -203,9 +201,7 @@ def plan(
     )
 
 
-def _cuda_plan(
-    device: torch.device | str | None, dtype: torch.dtype, training: bool, step_extras: bool, **sizes: int
-) -> CudaPlan:
+def _cuda_plan(device: torch.device | str | None, dtype: torch.dtype, training: bool, **problem: int) -> CudaPlan:
     if isinstance(device, str) and device in GPUS:
         gpu, name = GPUS[device], device
     else:
@@ -215,8 +211,8 @@ def _cuda_plan(
     element = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and _ops.reduced_products_permitted("cuda"):
         element = "tf32"
-    limits: dict[str, Any] = {**sizes, **asdict(gpu)}
-    found = _C.cuda_plan_for(**limits, element=element, training=training, step_extras=step_extras)
+    arguments: dict[str, Any] = {**problem, **asdict(gpu)}
+    found = _C.cuda_plan_for(**arguments, element=element, training=training)
     forward, backward = found["forward"], found["backward"]
     return CudaPlan(
         forward=forward["family"],

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from host_cuda import emulated
-from host_cuda.cases import DEVICES, EXTRAS, LAYOUTS, Case, check, computed, make_inputs, random_case
+from host_cuda.cases import DEVICES, EXTRAS, LAYOUTS, Case, check, computed, make_inputs, normalised, random_case
 from torch import Tensor
 
 FUSED = ["resident", "persistent", "warpgroup"]  # they keep weights in CTAs
@@ -82,6 +82,8 @@ def test_extras_of_steps(extra: str, element: str) -> None:
     options = EXTRAS[extra]
     for layout, (L, D, P) in itertools.product(LAYOUTS, [(2, 2, 0), (2, 1, 4)]):
         case = Case("stepwise", element, T=4, B=9, I=2, H=12 if P else 9, L=L, D=D, P=P, **options | layout)
+        if case.layer_norm:
+            case = normalised(case, features=9, units=35)
         check(replace(case, dropout="everything" in extra))
         inputs = make_inputs(case)
         training = computed(case, inputs, backward=False)
@@ -416,6 +418,7 @@ def test_empty_batch() -> None:
         (Case("persistent", "bf16", T=2, B=2, I=2, H=16, P=4), "proj_size"),
         (Case("streamed", "bf16", T=2, B=2, I=2, H=16, cell_layers=1), "return_cell_states"),
         (Case("resident", "bf16", T=2, B=2, I=2, H=16, zoneout=(0, 0.5), zoneout_masks=False), "zoneout"),
+        (Case("streamed", "bf16", T=2, B=2, I=2, H=16, layer_norm=True), "layer_norm"),
         (Case("resident", "bf16", T=2, B=2, I=2, H=140), "hidden_size 140"),
         (Case("persistent", "bf16", T=2, B=2, I=2, H=80, device=(2, DEVICES[0][1])), "2 SMs"),
     ],

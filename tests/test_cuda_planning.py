@@ -12,7 +12,9 @@ from fastlstm.planning import GPUS, CudaPlan
 ELEMENTS = ["bfloat16", "float16", "tf32", "float32", "float64"]
 
 
-def passes(gpu: str, element: str, training: bool = True, step_extras: bool = False, **sizes: int) -> dict:
+def passes(
+    gpu: str, element: str, training: bool = True, step_extras: bool = False, layer_norm: bool = False, **sizes: int
+) -> dict:
     sizes = {"T": 100, "B": 16, "I": sizes["H"], "P": 0, "layers": 1, "directions": 1} | sizes
     limits = GPUS[gpu]
     return _C.cuda_plan_for(
@@ -20,6 +22,7 @@ def passes(gpu: str, element: str, training: bool = True, step_extras: bool = Fa
         element=element,
         training=training,
         step_extras=step_extras,
+        layer_norm=layer_norm,
         sms=limits.sms,
         shared_bytes=limits.shared_bytes,
         l2_bytes=limits.l2_bytes,
@@ -70,10 +73,11 @@ def test_families_on_an_h200(sizes, element, forward):
     assert passes("H200", element, **sizes)["forward"]["family"] == forward
 
 
+@pytest.mark.parametrize("more", ["step_extras", "layer_norm"])
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_steps_with_extras_run_one_by_one(element):
+def test_steps_with_more_than_the_cell_run_one_by_one(element, more):
     for hidden, batch, layers in product((8, 128, 512), (1, 300), (1, 3)):
-        found = passes("H200", element, step_extras=True, H=hidden, B=batch, layers=layers)
+        found = passes("H200", element, H=hidden, B=batch, layers=layers, **{more: True})
         assert (found["forward"]["family"], found["backward"]["family"]) == ("stepwise", "stepwise")
 
 
@@ -84,6 +88,7 @@ def test_extras_of_a_module():
     assert family(torch.nn.LSTM(8, 64)) == family(FastLSTM(8, 64)) == "resident"
     assert family(FastLSTM(8, 64), step_extras=True) == "stepwise"
     assert family(FastLSTM(8, 64, zoneout=(0.0, 0.1)).eval()) == "stepwise"
+    assert family(FastLSTM(8, 64, layer_norm=True)) == "stepwise"
     dropped = FastLSTM(8, 64, recurrent_dropout=0.1)
     assert (family(dropped), family(dropped.eval())) == ("stepwise", "resident")
 
@@ -190,6 +195,7 @@ def test_forced_families_and_shapes():
         ("resident", {"H": 256}, torch.bfloat16, "'resident' cannot hold weights of hidden_size 256"),
         ("persistent", {"H": 64, "P": 8}, torch.bfloat16, "'persistent' does not support proj_size > 0"),
         ("streamed", {"H": 64, "step_extras": True}, torch.bfloat16, "'streamed' does not support reset_hx, recurrent"),
+        ("persistent", {"H": 64, "layer_norm": True}, torch.bfloat16, "'persistent' does not support layer_norm"),
         ("persistent", {"H": 64}, torch.float64, "'persistent' multiplies on tensor cores.* float64"),
         ("warpgroup", {"H": 60}, torch.bfloat16, "'warpgroup' needs a hidden_size that is a multiple of 8, got 60"),
         ("warpgroup", {"H": 2112}, torch.bfloat16, "'warpgroup' cannot hold weights of hidden_size 2112"),

@@ -7,8 +7,6 @@
 // where norm(v) = (v - mean) / sqrt(variance + eps) over all elements of v, 4H or H of them; the cell between the two
 // is that of cell.h. A row is normalised by one thread, in one order whatever the others do.
 
-constexpr double kNormEpsilon = 1e-5;
-
 // f(first, n) for the vectors of `size` elements: n is the number of lanes, as a constant, but for the last.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_each_vector(int64_t size, const F& f) {

@@ -44,6 +44,7 @@ constexpr int kDirections = 2;  // of a layer, at most
 // The parameters of one direction of one layer; an absent one is an undefined tensor.
 struct Weights {
   Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+  Tensor gain_ih, gain_hh, gain_c, bias_c;  // of layer normalisation
 };
 
 struct RowRange {
@@ -82,9 +83,15 @@ class Stack {
     if (call.dropout_mask) dropout_mask = call.dropout_mask->reshape({p.layers - 1, p.N, width()});
     for (size_t i = 0; i < call.weights.size(); i += a.per_direction) {
       const Tensor* w = call.weights.data() + i;
-      Weights weights = {w[0].contiguous(), w[1].contiguous(), {}, {}, {}};
+      Weights weights = {};
+      weights.w_ih = w[0].contiguous(), weights.w_hh = w[1].contiguous();
       if (call.has_bias) weights.b_ih = w[2].contiguous(), weights.b_hh = w[3].contiguous();
-      if (p.P > 0) weights.w_hr = w[a.per_direction - 1].contiguous();
+      const int64_t plain = a.plain_weights();
+      if (p.P > 0) weights.w_hr = w[plain - 1].contiguous();
+      if (p.layer_norm) {
+        weights.gain_ih = w[plain].contiguous(), weights.gain_hh = w[plain + 1].contiguous();
+        weights.gain_c = w[plain + 2].contiguous(), weights.bias_c = w[plain + 3].contiguous();
+      }
       weights_.push_back(std::move(weights));
     }
     sequences.steps = static_cast<int>(p.T);
@@ -137,6 +144,11 @@ class Stack {
     };
     return {pointer(reset_h, state), pointer(reset_c_, state), pointer(recurrent_mask, state),
             zoneout(zoneout_h_, zoneout_rate_h_), zoneout(zoneout_c_, zoneout_rate_c_)};
+  }
+  // Of a direction of a layer, with layer normalisation.
+  NormalizedGates normalized_gates(const Weights& w) const {
+    return {pointer(w.gain_ih), pointer(w.gain_hh), pointer(w.b_ih),
+            pointer(w.b_hh),    pointer(w.gain_c),  pointer(w.bias_c)};
   }
   int64_t width() const { return p.directions * p.output_size(); }
   // Rows of x, y and what is saved that belong to no step: columns are of different lengths and nothing is packed.
@@ -257,6 +269,9 @@ struct LayerForward {
   Tensor h_n, c_n;      // [L*D, B, P], [L*D, B, H]
   Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined where they are not saved
   Tensor cell_states;   // [D, N, H], or undefined
+  // With layer normalisation, [L*D, N, 4H] twice and [2*L*D, N, 1]: what normalised products are, and what scaled them;
+  // undefined where they are not saved.
+  Tensor norm_ih, norm_hh, rstd;
 };
 
 // Rows of what layer l reads: of the outputs of the layer below, with dropout.
@@ -265,11 +280,12 @@ Tensor input_of_layer(const Stack& s, int64_t layer, const Tensor& below, const 
   return layer > 0 && s.dropout_mask.defined() ? input.mul(rows.of(s.dropout_mask[layer - 1])) : input;
 }
 
-// W_ih times rows of a layer's input: where its activations will be saved, if they are.
+// W_ih times rows of a layer's input: where its activations (or it itself, normalised) will be saved, if they are.
 Tensor gates_of_input(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input,
                       const RowRange& rows) {
-  const Tensor result = layer.gates.defined() ? rows.of(layer.gates[layer.index * s.p.directions + direction])
-                                              : s.empty({rows.count, kGates * s.p.H});
+  const Tensor& kept = s.p.layer_norm ? layer.norm_ih : layer.gates;
+  const Tensor result =
+      kept.defined() ? rows.of(kept[layer.index * s.p.directions + direction]) : s.empty({rows.count, kGates * s.p.H});
   multiply(s.element, result, input, s.weights(layer.index, direction).w_ih.t());
   return result;
 }
@@ -318,19 +334,34 @@ Params step_params(const Stack& s, const LayerForward& layer, int64_t direction,
   return params;
 }
 
+// In place. rstd: what rows are scaled by, or null.
+void normalize(const Stack& s, const Tensor& rows, void* rstd) {
+  const NormalizeRowsParams params = {rows.size(0), static_cast<int>(rows.size(1)), rows.data_ptr(), rstd};
+  check(launch_normalize_rows(s.element, params, s.stream), "normalising products");
+}
+
 void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input) {
   const Problem& p = s.p;
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, kGates * p.H}), h = s.empty({p.B, p.output_size()});
   const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N});
-  Tensor hidden_state, projected, kept_h;
-  auto params = step_params<StepForwardParams>(s, layer, direction, gates_x, w.w_hh, h, c);
+  const int64_t state = layer.index * p.directions + direction;
+  Tensor hidden_state, projected, kept_h, between;
+  auto params = step_params<NormalizedForwardParams>(s, layer, direction, gates_x, w.w_hh, h, c);
   params.product = product.data_ptr();
   params.has_extras = p.step_extras;
-  params.extras = s.extras(layer.index * p.directions + direction);
+  params.extras = s.extras(state);
   if (params.extras.zoneout_h.active()) kept_h = s.empty_compute({p.B, p.output_size()});
   params.kept_h = pointer(kept_h);
   params.cell_states = pointer(layer.cell_states, direction);
+  if (p.layer_norm) {
+    normalize(s, gates_x, pointer(layer.rstd, state));
+    params.gates = s.normalized_gates(w);
+    params.norm_hh = pointer(layer.norm_hh, state);
+    params.rstd_hh = pointer(layer.rstd, p.layers * p.directions + state);
+    between = s.empty_compute({p.B, 2 * p.H});
+    params.between = between.data_ptr();
+  }
   if (p.P > 0) {
     hidden_state = s.empty({p.B, p.H});
     projected = s.empty({p.B, p.P});
@@ -342,7 +373,9 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
     params.n = n;
     const int64_t count = s.rows_of_steps(params.run.reverse, n, n + 1).count;
     multiply(s.element, product.narrow(0, 0, count), h.narrow(0, 0, count), w.w_hh.t());
-    check(launch_cells_forward(s.element, params, s.stream), "a forward step");
+    check(p.layer_norm ? launch_normalized_cells_forward(s.element, params, s.stream)
+                       : launch_cells_forward(s.element, params, s.stream),
+          "a forward step");
     if (p.P == 0) continue;
     multiply(s.element, projected.narrow(0, 0, count), hidden_state.narrow(0, 0, count), w.w_hr.t());
     check(launch_outputs_forward(s.element, params, s.stream), "a forward step");
@@ -433,6 +466,15 @@ struct LayerBackward {
   Tensor d_gates[kDirections];        // [N, 4H]
   Tensor d_outputs[kDirections];      // [N, P] and
   Tensor hidden_states[kDirections];  // [N, H], the factors of the gradient of W_hr
+  // With layer normalisation: [N, 4H] and [N], as in LayerForward; [N, H], of cell states, and the gradients of what
+  // tanh is taken of; [N, 4H], the gradients of W_hh h.
+  Tensor norm_ih[kDirections], norm_hh[kDirections], rstd_ih[kDirections], rstd_hh[kDirections];
+  Tensor norm_c[kDirections], d_norm_c[kDirections], d_products_hh[kDirections];
+
+  // What W_hh^T is multiplied by.
+  const Tensor& d_recurrent(int64_t direction) const {
+    return d_products_hh[direction].defined() ? d_products_hh[direction] : d_gates[direction];
+  }
 };
 
 BackwardRun run_of(const Stack& s, const LayerBackward& layer, int64_t direction, const Tensor& w_hh) {
@@ -477,8 +519,8 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   const Tensor product = s.empty({p.B, p.output_size()}), d_h = s.empty_compute({p.B, p.output_size()});
   const Tensor d_c = s.empty_compute({p.B, p.H});
   const int64_t state = layer.index * p.directions + direction;
-  Tensor d_hidden, kept_d_h;
-  auto params = step_params<StepBackwardParams>(s, layer, direction, w.w_hh, d_h, d_c);
+  Tensor d_hidden, kept_d_h, between;
+  auto params = step_params<NormalizedBackwardParams>(s, layer, direction, w.w_hh, d_h, d_c);
   params.product = product.data_ptr();
   params.has_extras = p.step_extras;
   params.extras = s.extras(state);
@@ -487,6 +529,16 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   params.d_cell_states = pointer(layer.d_cell_states, direction);
   params.d_reset_h = pointer(layer.d_reset_h, state);
   params.d_reset_c = pointer(layer.d_reset_c, state);
+  if (p.layer_norm) {
+    params.gates = s.normalized_gates(w);
+    params.norm_hh = pointer(layer.norm_hh[direction]);
+    params.rstd_hh = pointer(layer.rstd_hh[direction]);
+    params.d_products_hh = pointer(layer.d_products_hh[direction]);
+    params.norm_c = pointer(layer.norm_c[direction]);
+    params.d_norm_c = pointer(layer.d_norm_c[direction]);
+    between = s.empty_compute({p.B, 2 * p.H});
+    params.between = between.data_ptr();
+  }
   if (p.P > 0) {
     d_hidden = s.empty({p.B, p.H});
     params.d_outputs = layer.d_outputs[direction].data_ptr();
@@ -501,8 +553,10 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
       check(launch_outputs_backward(s.element, params, s.stream), "a backward step");
       multiply(s.element, d_hidden.narrow(0, 0, rows.count), rows.of(layer.d_outputs[direction]), w.w_hr);
     }
-    check(launch_cells_backward(s.element, params, s.stream), "a backward step");
-    multiply(s.element, product.narrow(0, 0, rows.count), rows.of(layer.d_gates[direction]), w.w_hh);
+    check(p.layer_norm ? launch_normalized_cells_backward(s.element, params, s.stream)
+                       : launch_cells_backward(s.element, params, s.stream),
+          "a backward step");
+    multiply(s.element, product.narrow(0, 0, rows.count), rows.of(layer.d_recurrent(direction)), w.w_hh);
   }
   params.n = s.sequences.steps;
   if (layer.d_h_0.defined() || layer.d_reset_h.defined())
@@ -603,28 +657,41 @@ Tensor read_h(const Stack& s, const LayerBackward& layer, int64_t direction) {
 // Gates that the forward pass has not kept: products of all rows at once, because all h are known.
 void compute_gates_again(const Stack& s, LayerBackward& layer) {
   const Problem& p = s.p;
+  const int hidden = static_cast<int>(p.H);
   const Tensor input = input_of_layer(s, layer.index, layer.below, {0, p.N});
   for (int64_t d = 0; d < p.directions; ++d) {
     const Weights& w = s.weights(layer.index, d);
-    const Tensor gates = s.product(input, w.w_ih.t());
     layer.read_h[d] = read_h(s, layer, d);
-    multiply(s.element, gates, layer.read_h[d], w.w_hh.t(), true);
-    const ActivateGatesParams params = {p.N,
-                                        static_cast<int>(p.H),
-                                        s.vectors({&gates, &w.b_ih, &w.b_hh}),
-                                        pointer(w.b_ih),
-                                        pointer(w.b_hh),
-                                        gates.data_ptr()};
+    const Tensor products = s.product(input, w.w_ih.t());
+    if (p.layer_norm) {
+      layer.gates[d] = s.empty({p.N, kGates * p.H});
+      layer.norm_ih[d] = products;
+      layer.norm_hh[d] = s.product(layer.read_h[d], w.w_hh.t());
+      layer.rstd_ih[d] = s.empty_compute({p.N}), layer.rstd_hh[d] = s.empty_compute({p.N});
+      normalize(s, layer.norm_ih[d], layer.rstd_ih[d].data_ptr());
+      normalize(s, layer.norm_hh[d], layer.rstd_hh[d].data_ptr());
+      const ActivateNormalizedParams params = {p.N,
+                                               hidden,
+                                               s.normalized_gates(w),
+                                               layer.norm_ih[d].data_ptr(),
+                                               layer.norm_hh[d].data_ptr(),
+                                               layer.gates[d].data_ptr()};
+      check(launch_activate_normalized(s.element, params, s.stream), "a backward pass");
+      continue;
+    }
+    layer.gates[d] = products;
+    multiply(s.element, products, layer.read_h[d], w.w_hh.t(), true);
+    const ActivateGatesParams params = {
+        p.N, hidden, s.vectors({&products, &w.b_ih, &w.b_hh}), pointer(w.b_ih), pointer(w.b_hh), products.data_ptr()};
     check(launch_activate_gates(s.element, params, s.stream), "a backward pass");
-    layer.gates[d] = gates;
   }
 }
 
-// d_gates^T times what each step read as h.
+// What W_hh^T is multiplied by, transposed, times what each step read as h.
 Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t direction) {
   const Problem& p = s.p;
   const bool reverse = direction == 1;
-  const Tensor &d_gates = layer.d_gates[direction], &read = layer.read_h[direction];
+  const Tensor &d_gates = layer.d_recurrent(direction), &read = layer.read_h[direction];
   const bool rows_of_y = !s.sequences.lengths && !s.sequences.resets && !s.recurrent_mask.defined();
   if (!read.defined() && rows_of_y && s.groups == 1) {
     const Tensor h_0 = s.h_0[layer.index * p.directions + direction];
@@ -640,22 +707,45 @@ Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t dire
   return s.gradient(d_gates, read.defined() ? read : read_h(s, layer, direction));
 }
 
-// x without the rows that belong to no step: what they hold must not reach a gradient, NaN included.
-Tensor without_padding(const Stack& s, const Tensor& input) {
+// A tensor of rows without those that belong to no step: what they hold must not reach a gradient, NaN included.
+Tensor without_padding(const Stack& s, const Tensor& rows) {
   const Tensor& lengths = s.lengths;
   const Tensor steps = at::arange(s.p.T, lengths.options()).unsqueeze(1);
   const Tensor behind_end = steps.ge(lengths.unsqueeze(0)).reshape({s.p.N, 1});
-  return input.masked_fill(behind_end, 0);
+  return rows.masked_fill(behind_end, 0);
 }
 
 // Into their places in d_weights, those that are needed.
 void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_bias, at::IntArrayRef needs,
                           std::vector<Tensor>& d_weights) {
   Tensor input;  // made again only if a gradient asks for it
+  // The sum over all rows of an element times a factor.
+  const auto gradient_of_gain = [&](const Tensor& d, const Tensor& norm) {
+    return s.sum_of_rows(s.padded() ? without_padding(s, norm).mul_(d) : norm.mul(d));
+  };
   for (int64_t d = 0; d < s.p.directions; ++d) {
     const size_t first = (layer.index * s.p.directions + d) * s.a.per_direction;
     const auto needed = [&](int64_t which) { return needs[2 + first + which] != 0; };
     const Tensor& d_gates = layer.d_gates[d];
+    const int64_t plain = s.a.plain_weights();
+    if (has_bias && (needed(2) || needed(3))) {
+      const Tensor d_bias = s.sum_of_rows(d_gates);
+      if (needed(2)) d_weights[first + 2] = d_bias;
+      if (needed(3)) d_weights[first + 3] = needed(2) ? d_bias.clone() : d_bias;
+    }
+    if (s.p.layer_norm) {
+      if (needed(plain)) d_weights[first + plain] = gradient_of_gain(d_gates, layer.norm_ih[d]);
+      if (needed(plain + 1)) d_weights[first + plain + 1] = gradient_of_gain(d_gates, layer.norm_hh[d]);
+      if (needed(plain + 2)) d_weights[first + plain + 2] = gradient_of_gain(layer.d_norm_c[d], layer.norm_c[d]);
+      if (needed(plain + 3)) d_weights[first + plain + 3] = s.sum_of_rows(layer.d_norm_c[d]);
+      const DenormalizeRowsParams params = {s.sequences,
+                                            static_cast<int>(d_gates.size(1)),
+                                            d_gates.data_ptr(),
+                                            pointer(s.weights(layer.index, d).gain_ih),
+                                            pointer(layer.norm_ih[d]),
+                                            pointer(layer.rstd_ih[d])};
+      check(launch_denormalize_rows(s.element, params, s.stream), "a backward pass");
+    }
     if (needed(0)) {
       if (!input.defined()) {
         input = input_of_layer(s, layer.index, layer.below, {0, s.p.N});
@@ -664,21 +754,14 @@ void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_b
       d_weights[first] = s.gradient(d_gates, input);
     }
     if (needed(1)) d_weights[first + 1] = gradient_of_w_hh(s, layer, d);
-    if (has_bias && (needed(2) || needed(3))) {
-      const Tensor d_bias = s.sum_of_rows(d_gates);
-      if (needed(2)) d_weights[first + 2] = d_bias;
-      if (needed(3)) d_weights[first + 3] = needed(2) ? d_bias.clone() : d_bias;
-    }
-    if (s.p.P > 0 && needed(s.a.per_direction - 1))
-      d_weights[first + s.a.per_direction - 1] = s.gradient(layer.d_outputs[d], layer.hidden_states[d]);
+    if (s.p.P > 0 && needed(plain - 1))
+      d_weights[first + plain - 1] = s.gradient(layer.d_outputs[d], layer.hidden_states[d]);
   }
 }
 
 }  // namespace
 
 ForwardResult lstm(const Call& call, const Wanted& wanted) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!call.layer_norm,
-                              "layer_norm has no CUDA kernels yet; move module and tensors to the CPU");
   const Tensor& x = call.x;
   const bool save = wanted.save, save_gates = save && !wanted.recompute;
   Arguments a = parse(call, save);
@@ -694,6 +777,12 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
   if (save)
     saved = {at::empty({states, save_gates ? p.N : 0, kGates * p.H}, x.options()),
              at::empty({states, p.N, p.H}, compute), at::empty({p.layers - 1, p.N, width}, x.options())};
+  if (save && p.layer_norm) {
+    const int64_t kept_rows = saved[0].size(1);
+    saved.push_back(at::empty({states, kept_rows, kGates * p.H}, x.options()));
+    saved.push_back(at::empty({states, kept_rows, kGates * p.H}, x.options()));
+    saved.push_back(at::empty({2 * states, kept_rows, 1}, compute));
+  }
   Tensor y = at::empty({p.N, width}, x.options());
   std::vector<Tensor> cell_states;
   const int64_t returned = wanted.cell_layers * p.directions;
@@ -710,8 +799,11 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
         const Tensor out = l == p.layers - 1 ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
         if (s.padded()) out.zero_();
         const int64_t first_returned = (l - p.layers + wanted.cell_layers) * p.directions;  // of the layer
-        layers.push_back({l, below, out, h_n, c_n, save_gates ? saved[0] : Tensor(), save ? saved[1] : Tensor(),
-                          first_returned < 0 ? Tensor() : cell_states[0].narrow(0, first_returned, p.directions)});
+        LayerForward layer = {l,  below, out, h_n, c_n, save_gates ? saved[0] : Tensor(), save ? saved[1] : Tensor(),
+                              {}, {},    {},  {}};
+        if (first_returned >= 0) layer.cell_states = cell_states[0].narrow(0, first_returned, p.directions);
+        if (save_gates && p.layer_norm) layer.norm_ih = saved[3], layer.norm_hh = saved[4], layer.rstd = saved[5];
+        layers.push_back(std::move(layer));
         below = out;
       }
       if (keeps_weights(plan.family)) {
@@ -788,15 +880,25 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
       layer.d_c_0 = d_c_0;
       layer.d_reset_h = d_reset_h;
       layer.d_reset_c = d_reset_c;
-      if (saved[0].size(1) == 0)
-        compute_gates_again(s, layer);
-      else
-        for (int64_t d = 0; d < p.directions; ++d) layer.gates[d] = saved[0][l * p.directions + d];
+      if (saved[0].size(1) == 0) compute_gates_again(s, layer);
       for (int64_t d = 0; d < p.directions; ++d) {
+        const int64_t state = l * p.directions + d;
+        if (!layer.gates[d].defined()) {
+          layer.gates[d] = saved[0][state];
+          if (p.layer_norm) {
+            layer.norm_ih[d] = saved[3][state], layer.norm_hh[d] = saved[4][state];
+            layer.rstd_ih[d] = saved[5][state], layer.rstd_hh[d] = saved[5][p.layers * p.directions + state];
+          }
+        }
         layer.d_gates[d] = s.empty({p.N, kGates * p.H});
         if (p.P > 0) layer.d_outputs[d] = s.empty({p.N, p.P}), layer.hidden_states[d] = s.empty({p.N, p.H});
+        if (p.layer_norm) {
+          layer.d_products_hh[d] = s.empty({p.N, kGates * p.H});
+          layer.norm_c[d] = s.empty({p.N, p.H}), layer.d_norm_c[d] = s.empty({p.N, p.H});
+        }
         if (!s.padded()) continue;
-        for (const Tensor* t : {&layer.d_gates[d], &layer.d_outputs[d], &layer.hidden_states[d]})
+        for (const Tensor* t : {&layer.d_gates[d], &layer.d_outputs[d], &layer.hidden_states[d],
+                                &layer.d_products_hh[d], &layer.norm_c[d], &layer.d_norm_c[d]})
           if (t->defined()) t->zero_();
       }
       layers.push_back(std::move(layer));

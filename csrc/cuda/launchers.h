@@ -44,6 +44,16 @@ cudaError_t launch_outputs_backward(Element element, const StepBackwardParams& p
 cudaError_t launch_cells_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
 cudaError_t launch_finish_backward(Element element, const StepBackwardParams& params, cudaStream_t stream);
 
+// The cells of a step with normalised gates; norms of rows, and the way back through them; activations of normalised
+// products.
+cudaError_t launch_normalized_cells_forward(Element element, const NormalizedForwardParams& params,
+                                            cudaStream_t stream);
+cudaError_t launch_normalized_cells_backward(Element element, const NormalizedBackwardParams& params,
+                                             cudaStream_t stream);
+cudaError_t launch_normalize_rows(Element element, const NormalizeRowsParams& params, cudaStream_t stream);
+cudaError_t launch_denormalize_rows(Element element, const DenormalizeRowsParams& params, cudaStream_t stream);
+cudaError_t launch_activate_normalized(Element element, const ActivateNormalizedParams& params, cudaStream_t stream);
+
 // What all steps read as h, and their gates, for backward passes of any family.
 cudaError_t launch_previous_outputs(Element element, const PreviousOutputsParams& params, cudaStream_t stream);
 cudaError_t launch_activate_gates(Element element, const ActivateGatesParams& params, cudaStream_t stream);

@@ -128,6 +128,58 @@ struct StepBackwardParams : StepParams<BackwardRun> {
   void *d_reset_h, *d_reset_c;  // [B, P], [B, H] in the compute type, where gradients are added; or null
 };
 
+// What gates are made of where products are normalised: a = gain_ih * norm(W_ih x) + gain_hh * norm(W_hh h) + b_ih +
+// b_hh and h = o * tanh(gain_c * norm(c) + bias_c); rows of norm(W x) are of [4H].
+struct NormalizedGates {
+  const void *gain_ih, *gain_hh;  // S [4H]
+  const void *b_ih, *b_hh;        // S [4H], or both null
+  const void *gain_c, *bias_c;    // S [H]
+};
+
+// Steps of the stepwise family with such gates. Extras are looked at in any case.
+struct NormalizedForwardParams : StepForwardParams {  // run.gates_x: norm(W_ih x)
+  NormalizedGates gates;
+  void* norm_hh;  // S [N, 4H]: norm(W_hh h), or null: not needed
+  void* rstd_hh;  // [N] in the compute type: what it is scaled by, or null as norm_hh
+  void* between;  // [B, 2H] in the compute type: memory for a step
+};
+
+struct NormalizedBackwardParams : StepBackwardParams {  // product: W_hh^T times what becomes of d_products_hh
+  NormalizedGates gates;
+  const void* norm_hh;      // S [N, 4H]
+  const void* rstd_hh;      // [N] in the compute type
+  void* d_products_hh;      // S [N, 4H]: gradients of W_hh h
+  void *norm_c, *d_norm_c;  // S [N, H]: norm(c), and the gradient of gain_c * norm(c) + bias_c
+  void* between;            // [B, 2H] in the compute type: memory for a step
+};
+
+// Normalises rows in place.
+struct NormalizeRowsParams {
+  int64_t count;
+  int width;
+  void* rows;  // S [count, width]
+  void* rstd;  // [count] in the compute type: what they are scaled by, or null: not needed
+};
+
+// Makes gradients of W x, in place, of those of gain * norm(W x).
+struct DenormalizeRowsParams {
+  Sequences sequences;
+  int width;         // 4H
+  void* rows;        // S [N, 4H]
+  const void* gain;  // S [4H]
+  const void* norm;  // S [N, 4H]
+  const void* rstd;  // [N] in the compute type
+};
+
+// Makes activations of normalised products.
+struct ActivateNormalizedParams {
+  int64_t rows;  // N
+  int hidden;
+  NormalizedGates gates;
+  const void *norm_ih, *norm_hh;  // S [N, 4H]
+  void* activations;              // S [N, 4H]
+};
+
 // Makes the second factor of the gradient of W_hh: what each step read as h.
 struct PreviousOutputsParams {
   Sequences sequences;

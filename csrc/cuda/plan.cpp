@@ -219,8 +219,8 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
   PassPlan stepwise;
   stepwise.microseconds = stepwise_microseconds(p, e, d);
   plans.push_back(stepwise);
-  // A projection is one more product per step, and what it makes of h is not bounded.
-  if (!has_mma(e) || p.P > 0 || p.step_extras || p.B == 0) return plans;
+  // A projection is one more product per step, and what it makes of h is not bounded. A norm needs a whole row.
+  if (!has_mma(e) || p.P > 0 || p.step_extras || p.layer_norm || p.B == 0) return plans;
   for (const StreamedVariant& variant : pass.streamed) {
     PassPlan plan = streamed_plan(p, e, d, variant, pass);
     if (plan.shared_bytes <= static_cast<size_t>(d.shared_bytes)) plans.push_back(plan);
@@ -326,6 +326,8 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
     message << "multiplies on tensor cores, which do not support float64";
   } else if (p.P > 0) {
     message << "does not support proj_size > 0";
+  } else if (p.layer_norm) {
+    message << "does not support layer_norm";
   } else if (p.step_extras) {
     message << "does not support reset_hx, recurrent_dropout, zoneout or return_cell_states";
   } else if (constraints.octets || constraints.tiles || constraints.layers) {

@@ -37,7 +37,10 @@ __device__ __forceinline__ uint32_t warp_ballot(bool predicate) { return __ballo
 __device__ __forceinline__ bool warp_all(bool predicate) { return __all_sync(0xffffffffu, predicate); }
 __device__ __forceinline__ bool warp_any(bool predicate) { return !warp_all(!predicate); }
 // The value of lane `from`.
-__device__ __forceinline__ int warp_shuffle(int value, int from) { return __shfl_sync(0xffffffffu, value, from); }
+template <class T>
+__device__ __forceinline__ T warp_shuffle(T value, int from) {
+  return __shfl_sync(0xffffffffu, value, from);
+}
 
 // The same address, of which the compiler knows nothing: it would compute what is a constant distance away, before a
 // loop, and keep all of it in registers.

@@ -115,6 +115,9 @@ template <class Params>
 class StepCells {
  public:
   __device__ __forceinline__ bool has_step() const { return has_step_; }
+  // The row of all steps, and a gate's place in rows of gates.
+  __device__ __forceinline__ int64_t row() const { return row_; }
+  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
 
  protected:
   __device__ __forceinline__ StepCells(const Params& params, const Place& place, bool exists)
@@ -125,8 +128,6 @@ class StepCells {
         has_step_(exists && t_ < length_),
         row_(has_step_ ? row_of(params.sequences, t_, place.b) : 0) {}
 
-  // In rows of gates.
-  __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
   __device__ __forceinline__ bool restarts() const {
     return Order{p_.run.reverse}.restarts(p_.sequences, t_, x_.b, length_);
   }
@@ -182,6 +183,16 @@ __device__ __forceinline__ void put_out(const StepForwardParams& p, const Place&
   store<E>(p.h, x.in_rows_of(p.h_stride), h);
 }
 
+// Puts out h_t, or what is yet to be projected.
+template <class E, bool kExtras, int V>
+__device__ __forceinline__ void put_unprojected(const StepForwardParams& p, const Place& x,
+                                                typename E::Compute (&h)[V]) {
+  if (p.hidden_state != nullptr)
+    store<E>(p.hidden_state, x.in_rows_of(p.hidden), h);
+  else
+    put_out<E, kExtras>(p, x, h);
+}
+
 template <class E, int V, bool kExtras = false>
 class ForwardCells : public StepCells<StepForwardParams> {
   using Compute = typename E::Compute;
@@ -206,7 +217,7 @@ class ForwardCells : public StepCells<StepForwardParams> {
 
   // For cells that have the step. product: W_hh h.
   __device__ __forceinline__ void finish(const Compute (&product)[kGates][V]) {
-    Compute a[kGates][V], h[V];
+    Compute a[kGates][V], h[V], c[V];
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) {
       unpack<E>(gates_x_[gate], a[gate]);
@@ -217,21 +228,28 @@ class ForwardCells : public StepCells<StepForwardParams> {
           a[gate][v] += E::load(biases_[0][gate].values[v]) + E::load(biases_[1][gate].values[v]);
       }
     }
+    advance(a, c);
+#pragma unroll
+    for (int v = 0; v < V; ++v) h[v] = cell_output<typename E::Math>(a[3][v], c[v]);
+    put_unprojected<E, kExtras>(p_, x_, h);
+  }
+
+  // Of that, what makes and puts out the cell state. a: pre-activations on entry, activations on exit. c: as the cell
+  // has made it, for h_t comes from that whatever zoneout makes of it.
+  __device__ __forceinline__ void advance(Compute (&a)[kGates][V], Compute (&c)[V]) {
     const int64_t at = x_.in_rows_of(p_.hidden), at_row = row_ * p_.hidden + x_.i;
     if (restarts_) restart<E, kExtras>(p_.extras.reset_c, at, c_);
-    Compute c_before[V], c_made[V];  // by the cell: h_t comes from it, whatever zoneout makes of it
+    Compute c_before[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       c_before[v] = c_[v];
       cell_state<typename E::Math>(a[0][v], a[1][v], a[2][v], a[3][v], c_[v]);
-      c_made[v] = c_[v];
+      c[v] = c_[v];
     }
     if constexpr (kExtras) {
       zone_out(p_.extras.zoneout_c, at_row, c_before, c_);
       if (p_.cell_states != nullptr) store<E>(p_.cell_states, at_row, c_);
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) h[v] = cell_output<typename E::Math>(a[3][v], c_made[v]);
     store_state<E>(p_.c, at, c_);
     if (Order{p_.run.reverse}.last(t_, length_)) store<E>(p_.run.c_n, at, c_);
     if (p_.run.cells != nullptr) store_state<E>(p_.run.cells, at_row, c_);
@@ -239,10 +257,6 @@ class ForwardCells : public StepCells<StepForwardParams> {
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) store<E>(p_.run.gates, of_gate(gate), a[gate]);
     }
-    if (p_.hidden_state != nullptr)
-      store<E>(p_.hidden_state, at, h);
-    else
-      put_out<E, kExtras>(p_, x_, h);
   }
 
  private:
@@ -281,6 +295,18 @@ __device__ __forceinline__ void carry(const StepBackwardParams& p, const Place& 
   store_state<E>(p.d_h, at, d_h);
 }
 
+// The same with the product that a library has computed.
+template <class E, bool kExtras, int V>
+__device__ __forceinline__ void carry_product(const StepBackwardParams& p, const Place& x,
+                                              typename E::Compute (&d_h)[V]) {
+  typename E::Compute product[V];
+  if (p.n > 0)
+    load<E>(p.product, x.in_rows_of(p.outputs), product);
+  else
+    clear(product);
+  carry<E, kExtras>(p, x, product, d_h);
+}
+
 // Adds what a column that has step n was given from outside.
 template <class E, int V>
 __device__ __forceinline__ void add_d_y(const StepBackwardParams& p, const Place& x, typename E::Compute (&d_h)[V]) {
@@ -304,6 +330,17 @@ __device__ __forceinline__ void put_kept_aside(const StepBackwardParams& p, cons
     d_h[v] -= kept[v];
   }
   store_state<E>(p.kept_d_h, x.in_rows_of(p.outputs), kept);
+}
+
+// The whole gradient of h_t before its projection, which a column has. d_h: what carry_product() has made, without one.
+template <class E, bool kExtras, int V>
+__device__ __forceinline__ void complete(const StepBackwardParams& p, const Place& x, typename E::Compute (&d_h)[V]) {
+  if (p.d_hidden != nullptr) {
+    load<E>(p.d_hidden, x.in_rows_of(p.hidden), d_h);
+  } else {
+    add_d_y<E>(p, x, d_h);
+    if constexpr (kExtras) put_kept_aside<E>(p, x, d_h);
+  }
 }
 
 // After the last step.
@@ -346,11 +383,7 @@ class BackwardCells : public StepCells<StepBackwardParams> {
 
   // For cells that have the step. d_h: the whole gradient of h_t. g: the gradients of the gates.
   __device__ __forceinline__ void finish(const Compute (&d_h)[V], Gradients& g) {
-#pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) unpack<E>(gates_[gate], g[gate]);
-    const int64_t at = x_.in_rows_of(p_.hidden);
-    Compute kept_d_c[V];
-    if constexpr (kExtras) put_kept_aside_of_c(g, kept_d_c);
+    begin(g);
     if (p_.hidden_states != nullptr) {
       Compute h[V];
 #pragma unroll
@@ -360,9 +393,32 @@ class BackwardCells : public StepCells<StepBackwardParams> {
 #pragma unroll
     for (int v = 0; v < V; ++v)
       cell_backward<typename E::Math>(g[0][v], g[1][v], g[2][v], g[3][v], c_[v], c_before_[v], d_h[v], d_c_[v]);
+    put(g);
+  }
+
+  // Of that, what comes before the cell: g gets the activations, c() is c_t as the cell made it, and what zoneout hands
+  // on of the gradient of c_t has been put aside.
+  __device__ __forceinline__ void begin(Gradients& g) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) unpack<E>(gates_[gate], g[gate]);
+    if constexpr (kExtras) put_kept_aside_of_c(g);
+  }
+  __device__ __forceinline__ const Compute (&c() const)[V] { return c_; }
+  // The way back through the cell state. d_c: the gradient that reaches it from h_t. g: of i, f, g, activations on
+  // entry, gradients on exit.
+  __device__ __forceinline__ void to_state(const Compute (&d_c)[V], Gradients& g) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      d_c_[v] += d_c[v];
+      cell_state_backward(g[0][v], g[1][v], g[2][v], c_before_[v], d_c_[v]);
+    }
+  }
+  // What comes behind the cell.
+  __device__ __forceinline__ void put(const Gradients& g) {
+    const int64_t at = x_.in_rows_of(p_.hidden);
     if constexpr (kExtras) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) d_c_[v] += kept_d_c[v];
+      for (int v = 0; v < V; ++v) d_c_[v] += kept_d_c_[v];
       if (restarts_ && p_.d_reset_c != nullptr) add_to_state<E>(p_.d_reset_c, at, d_c_);
     }
     if (restarts_) clear(d_c_);
@@ -373,7 +429,7 @@ class BackwardCells : public StepCells<StepBackwardParams> {
 
  private:
   // The same as put_kept_aside for d_c, and c_t as the cell has made it. g: activations.
-  __device__ __forceinline__ void put_kept_aside_of_c(const Gradients& g, Compute (&kept)[V]) {
+  __device__ __forceinline__ void put_kept_aside_of_c(const Gradients& g) {
     const int64_t at = row_ * p_.hidden + x_.i;
     const Zoneout& zoneout = p_.extras.zoneout_c;
     Compute d_cells[V];
@@ -381,17 +437,17 @@ class BackwardCells : public StepCells<StepBackwardParams> {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       d_c_[v] += d_cells[v];
-      kept[v] = 0;
+      kept_d_c_[v] = 0;
       if (!zoneout.active()) continue;
-      kept[v] = kept_part<Compute>(zoneout, at + v) * d_c_[v];
-      d_c_[v] -= kept[v];
+      kept_d_c_[v] = kept_part<Compute>(zoneout, at + v) * d_c_[v];
+      d_c_[v] -= kept_d_c_[v];
       c_[v] = g[1][v] * c_before_[v] + g[0][v] * g[2][v];  // what was saved is what zoneout has made of it
     }
   }
 
   bool restarts_ = false;
   Packed<typename E::Storage, V> gates_[kGates];
-  Compute c_[V], c_before_[V], d_c_[V];
+  Compute c_[V], c_before_[V], d_c_[V], kept_d_c_[V];
 };
 
 }  // namespace fastlstm::cuda

@@ -87,18 +87,6 @@ __global__ void __launch_bounds__(kThreads) states_backward(const StepBackwardPa
   if (x.i < p.outputs) put_state<E, V>(p.run.d_h_n, p.d_h, x.in_rows_of(p.outputs));
 }
 
-// d_h, with the product that the library has computed.
-template <class E, bool kExtras, int V>
-__device__ __forceinline__ void carry_product(const StepBackwardParams& p, const Place& x,
-                                              typename E::Compute (&d_h)[V]) {
-  typename E::Compute product[V];
-  if (p.n > 0)
-    load<E>(p.product, x.in_rows_of(p.outputs), product);
-  else
-    clear(product);
-  carry<E, kExtras>(p, x, product, d_h);
-}
-
 template <class E, int V, bool kExtras>
 __global__ void __launch_bounds__(kThreads) outputs_backward(const StepBackwardParams p) {
   const Place x = own_place<V>(p.outputs);
@@ -121,12 +109,7 @@ __global__ void __launch_bounds__(kThreads) cells_backward(const StepBackwardPar
   if (p.d_hidden == nullptr) carry_product<E, kExtras>(p, x, d_h);
   Cells cells(p, x);
   if (!cells.has_step()) return;
-  if (p.d_hidden != nullptr) {
-    load<E>(p.d_hidden, x.in_rows_of(p.hidden), d_h);
-  } else {
-    add_d_y<E>(p, x, d_h);
-    if constexpr (kExtras) put_kept_aside<E>(p, x, d_h);
-  }
+  complete<E, kExtras>(p, x, d_h);
   typename Cells::Gradients d_gates;
   cells.finish(d_h, d_gates);
 }

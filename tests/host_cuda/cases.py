@@ -53,6 +53,9 @@ _ALL_EXTRAS = {name: value for extra in EXTRAS.values() for name, value in extra
 EXTRAS |= {
     "everything": _ALL_EXTRAS | {"zoneout_masks": True},
     "everything of all layers, recomputed": _ALL_EXTRAS | {"cell_layers": 2, "recompute": True},
+    "layer norm": {"layer_norm": True},
+    "layer norm, recomputed": {"layer_norm": True, "recompute": True},
+    "layer norm and everything": _ALL_EXTRAS | {"zoneout_masks": True, "layer_norm": True},
 }
 LAYOUTS: list[dict[str, Any]] = [{}, {"batch_sizes": (9, 7, 7, 2)}, {"lengths": (4, 0, 2, 4, 5, 1, 3, -1, 4)}]
 
@@ -83,6 +86,7 @@ class Case:
     zoneout_masks: bool = True  # of elements, kept or not; otherwise every element is kept in part
     cell_layers: int = 0  # that return their cell states
     recompute: bool = False
+    layer_norm: bool = False
     groups: int = 1  # of rows of the batch, each with gradients of the weights of its own
     h_0_scale: float = 1
     weight_scale: float = 1  # of the recurrent weights
@@ -109,7 +113,7 @@ class Case:
 
     @property
     def weights_per_direction(self) -> int:
-        return 2 + 2 * self.bias + (self.P > 0)
+        return 2 + 2 * self.bias + (self.P > 0) + 4 * self.layer_norm
 
 
 @dataclass
@@ -164,9 +168,13 @@ def make_inputs(case: Case) -> Inputs:
         shapes = [(4 * case.H, case.I if layer == 0 else case.D * out), (4 * case.H, out)]
         shapes += [(4 * case.H,)] * 2 if case.bias else []
         shapes += [(case.P, case.H)] if case.P else []
-        for shape in shapes * case.D:
-            uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-            weights.append(place(uniform * case.H**-0.5))
+        for _ in range(case.D):
+            for shape in shapes:
+                uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+                weights.append(place(uniform * case.H**-0.5))
+            if case.layer_norm:  # with greater gains, steps make errors larger than they were
+                weights += [place(0.4 + 0.1 * normal(size)) for size in (4 * case.H, 4 * case.H, case.H)]
+                weights.append(place(0.1 * normal(case.H)))
     for recurrent in weights[1 :: case.weights_per_direction]:
         recurrent.mul_(case.weight_scale)
     states = case.L * case.D
@@ -202,7 +210,7 @@ def make_inputs(case: Case) -> Inputs:
             options[f"zoneout_{name}"] = guarded(torch.rand((states, *rows, size), generator=generator) < part)
         elif part:
             options[f"zoneout_rate_{name}"] = part
-    options |= {"cell_layers": case.cell_layers, "recompute": case.recompute}
+    options |= {"cell_layers": case.cell_layers, "recompute": case.recompute, "layer_norm": case.layer_norm}
     needs = [int(case.needs[i % len(case.needs)]) for i in range(2 + len(weights) + case.reset_states)]
     return Inputs(inputs["x"], inputs["h_0"], inputs["c_0"], weights, gradients, needs, options)
 
@@ -233,6 +241,7 @@ def _expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     resets = [options["reset_h"], options["reset_c"]] if case.reset_states else []
     leaves = [t.double().requires_grad_() for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights, *resets)]
     taken = ("num_layers", "bidirectional", "has_bias", "batch_sizes", "lengths", "reset_mask", "cell_layers")
+    taken += ("layer_norm",)
     masks = ("dropout_mask", "recurrent_mask")
     outputs = reference.lstm(
         leaves[0],
@@ -390,6 +399,8 @@ def random_case(family: str, seed: int) -> Case:
             zoneout_masks=draw.random() < 0.5,
             cell_layers=draw.randint(0, L),
         )
+    if family == "stepwise" and draw.random() < 0.4:
+        case = normalised(case, draw.randint(8, 16), draw.choice([draw.randint(16, 40), draw.randint(513, 530)]))
     while not all(runs(case, (), backward) for backward in (False, True)):
         case = replace(case, H=case.H // 2 // 8 * 8 if family == "warpgroup" else case.H // 2)
     return replace(
@@ -397,6 +408,11 @@ def random_case(family: str, seed: int) -> Case:
         forward_shape=random_shape(draw, case, backward=False),
         backward_shape=random_shape(draw, case, backward=True),
     )
+
+
+def normalised(case: Case, features: int, units: int) -> Case:
+    """With layer normalisation. What is normalised knows nothing of its scale, so gradients of few numbers cancel."""
+    return replace(case, layer_norm=True, I=features, H=units, P=min(8 * case.P, units - 1))
 
 
 def random_shape(draw: random.Random, case: Case, backward: bool) -> Shape:

@@ -1,6 +1,7 @@
 // The CUDA operators on tensors of the CPU: the driver and the kernels as they are, compiled as host C++, on the
 // emulation of emulation.h. Registered as fastlstm_emulated::lstm and lstm_backward, with the schemas of the real ones,
 // and controlled through C functions (see emulated.py).
+#include <ATen/Context.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -84,17 +85,25 @@ class Memory final : public c10::Allocator {
   std::map<size_t, std::vector<Block*>> free_;
 };
 
-// Whatever is allocated while this lives comes from there.
+// Whatever is allocated while this lives comes from there. oneDNN, which torch takes for products where the CPU has
+// instructions for their type, would want other pointers of an allocator: it is not asked.
 class UseMemory {
  public:
-  UseMemory() : before_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(&Memory::instance(), kPriority); }
-  ~UseMemory() { c10::SetCPUAllocator(before_, kPriority); }
+  UseMemory() : before_(c10::GetCPUAllocator()), onednn_before_(at::globalContext().userEnabledMkldnn()) {
+    at::globalContext().setUserEnabledMkldnn(false);
+    c10::SetCPUAllocator(&Memory::instance(), kPriority);
+  }
+  ~UseMemory() {
+    c10::SetCPUAllocator(before_, kPriority);
+    at::globalContext().setUserEnabledMkldnn(onednn_before_);
+  }
   UseMemory(const UseMemory&) = delete;
   UseMemory& operator=(const UseMemory&) = delete;
 
  private:
   static constexpr uint8_t kPriority = 255;
   c10::Allocator* const before_;
+  const bool onednn_before_;
 };
 
 template <class Function>

@@ -1037,10 +1037,13 @@ inline bool warp_all(bool predicate) {
 
 inline bool warp_any(bool predicate) { return !warp_all(!predicate); }
 
-inline int warp_shuffle(int value, int from) {
+template <class T>
+T warp_shuffle(T value, int from) {
   struct Exchange {
-    int value, from, result;
-  } mine = {value, from, 0};
+    T value;
+    int from;
+    T result;
+  } mine = {value, from, T()};
   emulation::machine.meet_all(emulation::Operation::kShuffle, mine, [](void* const* exchanges, uint32_t) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* const to = static_cast<Exchange*>(exchanges[lane]);
