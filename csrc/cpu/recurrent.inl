@@ -1,7 +1,7 @@
 // The recurrent CPU kernels, written once. Included by recurrent_{scalar,avx2,avx512,avx512_bf16}.cpp inside the
 // namespace of the instruction set, which has set kVectorBytes, kAccumulators (vector registers a tile may use for
 // sums), fma(), larger() and smaller() (of two; the second operand where one is NaN), and kNativeBf16 with
-// native_multiply_pairs() where it has an instruction for that.
+// native_multiply_pairs() and native_round_to_pairs() where it has instructions for that.
 //
 // Order of summation: each output element is the sum of one chain for every kDepth terms, in increasing order (packed),
 // or of `lanes` interleaved chains over k (dot products), whatever the tile it falls in: the result of a row depends
@@ -115,6 +115,15 @@ void pack_transposed(const T* w, int64_t K, int64_t columns, A* packed, Range pa
   }
 }
 
+// Term k of n columns of K rows, of which row(i) is one.
+template <class T, class A, class Row, class Size>
+inline void copy_term(const Row& row, int64_t k, int64_t K, Size n, A* out) {
+  if constexpr (kFullPrecision<T, A>)
+    __builtin_memcpy(out, row(k), static_cast<size_t>(n) * sizeof(T));
+  else
+    Operand<T, A>::pair_rows(row(2 * k), 2 * k + 1 < K ? row(2 * k + 1) : nullptr, n, out);
+}
+
 template <class T, class A>
 void pack_columns(const T* const* rows, int64_t K, int64_t columns, A* packed, Range panels) {
   constexpr int W2 = 2 * kLanes<T>;
@@ -124,10 +133,11 @@ void pack_columns(const T* const* rows, int64_t K, int64_t columns, A* packed, R
     A* out = packed + panel * depth * W2;
     for (int64_t k = 0; k < depth; ++k, out += W2) {
       prefetch_row(rows[std::min((k + kRowsAhead) * kValuesPerTerm<A>, K - 1)] + first, n);
+      const auto row = [&](int64_t i) { return rows[i] + first; };
       if (n == W2) {
-        Operand<T, A>::copy_term(rows, first, W2, k, K, out);  // a constant size: moves of whole vectors
+        copy_term<T>(row, k, K, std::integral_constant<int64_t, W2>(), out);  // moves of whole vectors
       } else {
-        Operand<T, A>::copy_term(rows, first, n, k, K, out);
+        copy_term<T>(row, k, K, n, out);
         std::fill(out + n, out + W2, A{});
       }
     }
@@ -443,15 +453,6 @@ void multiply_stored(const T* a, int64_t a_stride, int64_t rows, const T* w, int
 
 // ---------------------------------------------------------------------------------------------- weight gradients
 
-// to[c] = term k of column c of a matrix of K rows.
-template <class T, class A, int kColumns>
-inline void copy_term_of_columns(const T* from, int64_t stride, int64_t k, int64_t K, A* to) {
-  if constexpr (kFullPrecision<T, A>)
-    __builtin_memcpy(to, from + k * stride, kColumns * sizeof(T));
-  else
-    for (int c = 0; c < kColumns; ++c) to[c] = Operand<T, A>::make(from + c, stride, k, K);
-}
-
 // out[c] (+)= left^T right over K rows, for the given columns of left and all of each right. Each block of columns of
 // left is packed into `buffer` on its way.
 template <class T, class A>
@@ -467,21 +468,26 @@ void add_gradients(const T* left, int64_t left_stride, int64_t K, Range columns,
       const LeftTiles<A> packed_left(count, end - begin, buffer);
       const EvenSplit& tiles = packed_left.tiles;
       T column_sums[kBlockRows] = {};
+      A term[kBlockRows];
+      const auto row_of_block = [&](int64_t row) { return left + row * left_stride + first; };
       for (int64_t k = begin; k < end; ++k) {
         for (int64_t row = k * kValuesPerTerm<A>; row < std::min(K, (k + 1) * kValuesPerTerm<A>); ++row) {
           prefetch_row(left + std::min(row + kRowsAhead, K - 1) * left_stride + first, count);
           if (sums) add_row(left + row * left_stride + first, count, column_sums);
         }
+        const A* values;
+        if constexpr (kFullPrecision<T, A>)
+          values = row_of_block(k);
+        else
+          copy_term<T>(row_of_block, k, K, count, term), values = term;
         for (int64_t t = 0; t < tiles.pieces; ++t) {
-          const int64_t n = tiles.length(t);
-          const T* const from = left + first + tiles.begin(t);
+          const A* const from = values + tiles.begin(t);
           A* const to = packed_left.at(t, k - begin);
           // Constant sizes become a few moves; other ones occur only with very few columns.
-          switch (n) {
-            case kTileRows: copy_term_of_columns<T, A, kTileRows>(from, left_stride, k, K, to); break;
-            case kTileRows - 1: copy_term_of_columns<T, A, kTileRows - 1>(from, left_stride, k, K, to); break;
-            default:
-              for (int64_t c = 0; c < n; ++c) to[c] = Operand<T, A>::make(from + c, left_stride, k, K);
+          switch (tiles.length(t)) {
+            case kTileRows: __builtin_memcpy(to, from, kTileRows * sizeof(A)); break;
+            case kTileRows - 1: __builtin_memcpy(to, from, (kTileRows - 1) * sizeof(A)); break;
+            default: std::copy_n(from, tiles.length(t), to);
           }
         }
       }

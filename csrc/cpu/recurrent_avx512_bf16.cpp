@@ -38,6 +38,11 @@ template <class Pairs>
 inline __m512 native_multiply_pairs(__m512 sum, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
+inline __m512i native_round_to_pairs(__m512 first, __m512 second) {
+  const __m512i lane = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(lane, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
 #endif
 
 #include "recurrent.inl"

@@ -162,12 +162,30 @@ inline __attribute__((always_inline)) void transpose(Row (&rows)[W]) {
 
 // ---------------------------------------------------------------------------------------------- operands of products
 
-// float32 to bfloat16, to nearest with ties to even; NaN stays NaN.
+// float32 to bfloat16, to nearest with ties to even; NaN stays NaN. As an instruction does it, but for denormals, which
+// that makes zero, as all kernels do.
 inline uint16_t round_to_bf16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   return static_cast<uint16_t>(x == x ? rounded : bits >> 16 | 0x40);
+}
+
+// The same of a vector, in the upper halves of its lanes.
+inline auto round_to_upper_half(Vec<float> x) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = (Bits)x;
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+}
+
+// Pairs of bfloat16.
+template <class V>
+inline auto round_to_pairs(V first, V second) {
+  using Pairs = typename VecTraits<float>::Int;
+  if constexpr (kNativeBf16)
+    return (Pairs)native_round_to_pairs(first, second);
+  else
+    return (Pairs)(round_to_upper_half(first) >> 16 | (round_to_upper_half(second) & 0xffff0000));
 }
 
 // sum + first * first + second * second of each pair of bfloat16.
@@ -202,9 +220,6 @@ struct Operand<T, T> {
   static inline typename VecTraits<T>::Int load_terms(const T* row, int64_t k) {
     return (typename VecTraits<T>::Int)load(row + k);
   }
-  static inline void copy_term(const T* const* rows, int64_t first, int64_t n, int64_t k, int64_t, T* out) {
-    __builtin_memcpy(out, rows[k] + first, static_cast<size_t>(n) * sizeof(T));
-  }
   static inline void store_values(T* row, int64_t first, Vec<T> x, int64_t n) { store_first(row + first, x, n); }
 };
 
@@ -234,20 +249,22 @@ struct Operand<float, Bf16Pair> {
       store_values(pairs, half * kLanes<float>, load(row + 2 * k + half * kLanes<float>), kLanes<float>);
     return load_from(pairs);
   }
-  // Term k of K rows, for n columns.
-  static inline void copy_term(const float* const* rows, int64_t first, int64_t n, int64_t k, int64_t K,
-                               Bf16Pair* out) {
-    const float* const even = rows[2 * k] + first;
-    const float* const odd = 2 * k + 1 < K ? rows[2 * k + 1] + first : nullptr;
-    for (int64_t c = 0; c < n; ++c) out[c] = {round_to_bf16(even[c]), odd ? round_to_bf16(odd[c]) : uint16_t(0)};
+  // Pairs of the values of two rows, n of them; those of a second row that is null are zero.
+  static inline void pair_rows(const float* first, const float* second, int64_t n, Bf16Pair* out) {
+    constexpr int W = kLanes<float>;
+    const auto put = [&](int64_t i, auto count) {
+      const Vector pairs =
+          round_to_pairs(load_first(first + i, count), second ? load_first(second + i, count) : Vec<float>{});
+      __builtin_memcpy(out + i, &pairs, static_cast<size_t>(count) * sizeof(Bf16Pair));
+    };
+    int64_t i = 0;
+    for (; i + W <= n; i += W) put(i, std::integral_constant<int64_t, W>());
+    if (i < n) put(i, n - i);
   }
   // Values first ... first + n - 1 of a row.
   static inline void store_values(Bf16Pair* row, int64_t first, Vec<float> x, int64_t n) {
-    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    const Bits bits = (Bits)x;
-    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Halves halves = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, Halves);
+    const Halves halves = __builtin_convertvector(round_to_upper_half(x) >> 16, Halves);
     __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + first, &halves, static_cast<size_t>(n) * sizeof(uint16_t));
   }
 };
