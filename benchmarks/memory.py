@@ -1,9 +1,10 @@
-"""Peak memory of a call of FastLSTM and of nn.LSTM, over what inputs and weights take. Linux only.
+"""Peak memory of a call of FastLSTM, as it is and with recompute=True, and of nn.LSTM. Linux only.
 
     python benchmarks/memory.py --json FILE
 
 Each figure comes from a process of its own: the peak of its resident memory while the call runs three times, less what
-was resident before. The contender has run on a tiny shape by then, so libraries and thread stacks are not counted.
+was resident before: inputs and weights are not counted. The contender has run on a tiny shape by then, so neither are
+libraries and thread stacks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +21,7 @@ from fastlstm.bench import record, shapes
 from fastlstm.bench.workload import Pass, Workload
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
-CONTENDERS = ("fastlstm", "torch")
+CONTENDERS = ("fastlstm", "recompute", "torch")
 
 
 def resident(field: str) -> int:
@@ -30,9 +32,16 @@ def resident(field: str) -> int:
 
 def peak_bytes(shape: shapes.Shape, contender: str, pass_: Pass) -> int:
     """Bytes that a call needs at its peak; to be asked once per process."""
-    tiny = Workload(replace(shape, T=2 if shape.T > 1 else 1, B=2, I=4, H=4, P=min(shape.P, 3)))
-    tiny.step(contender, pass_)()
-    step = Workload(shape).step(contender, pass_)
+
+    def step_of(shape: shapes.Shape) -> Callable[[], None]:
+        workload = Workload(shape)
+        if contender != "recompute":
+            return workload.step(contender, pass_)
+        workload.modules["fastlstm"].recompute = True
+        return workload.step("fastlstm", pass_)
+
+    step_of(replace(shape, T=2 if shape.T > 1 else 1, B=2, I=4, H=4, P=min(shape.P, 3)))()
+    step = step_of(shape)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     for _ in range(3):
@@ -63,10 +72,13 @@ def main() -> None:
     if arguments.json:
         record.ensure_writable(arguments.json)
     rows = [measure(shape, pass_) for shape in selected for pass_ in PASSES]
-    print(f"{'shape':<22} {'pass':<17} {'FastLSTM':>10} {'nn.LSTM':>10} {'ratio':>6}")
+    print(f"{'shape':<22} {'pass':<17} {'FastLSTM':>10} {'recompute':>10} {'nn.LSTM':>10} {'ratios':>11}")
     for row in rows:
-        ours, theirs = row["fastlstm"] / 1e6, row["torch"] / 1e6
-        print(f"{row['shape']:<22} {row['pass']:<17} {ours:>7.1f} MB {theirs:>7.1f} MB {ours / theirs:>6.2f}")
+        ours, recomputed, theirs = (row[contender] / 1e6 for contender in CONTENDERS)
+        print(
+            f"{row['shape']:<22} {row['pass']:<17} {ours:>7.1f} MB {recomputed:>7.1f} MB {theirs:>7.1f} MB "
+            f"{ours / theirs:>5.2f} {recomputed / theirs:>5.2f}"
+        )
     if arguments.json:
         record.write(arguments.json, {"machine": record.machine(), "versions": record.versions(), "rows": rows})
 

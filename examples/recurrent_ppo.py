@@ -1,7 +1,7 @@
 """RecurrentPPO of sb3-contrib with FastLSTM: policies without a Python loop over time steps.
 
     python examples/recurrent_ppo.py --env CartPole-v1 --steps 100000 --policy fastlstm
-    python examples/recurrent_ppo.py --compare --observe 0 2 --json FILE
+    python examples/recurrent_ppo.py --compare --threads 1 --seeds 0 1 2 3 4 --json FILE
 
 sb3-contrib's recurrent policies run nn.LSTM step by step as soon as an episode starts anywhere in a batch of sequences,
 which in training it nearly always does. The policies here pass the starts to FastLSTM as `reset_mask`: one call for the
@@ -153,6 +153,7 @@ class Result:
 
     Attributes:
         policy: a key of ``POLICIES``.
+        seed: of parameters, actions and environments.
         steps: of all environments together.
         mean_return: of the last episodes, ``stats_window_size`` of them; None if none has ended.
         wall_s: seconds, of which ``rollout_s`` for rollouts and ``update_s`` for updates of the policy.
@@ -163,6 +164,7 @@ class Result:
     """
 
     policy: str
+    seed: int
     steps: int
     mean_return: float | None
     wall_s: float
@@ -226,6 +228,7 @@ def train(
     reached = (seconds for _, seconds, mean in model.curve if target is not None and mean >= target)
     return Result(
         policy=policy,
+        seed=seed,
         steps=model.num_timesteps,
         mean_return=model.curve[-1][-1] if model.curve else None,
         wall_s=wall_s,
@@ -240,7 +243,7 @@ def train(
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row for each result and, of two, their ratios, as Markdown."""
+    """A row for each result, the means of each policy over its seeds, and the policies' ratio, as Markdown."""
 
     def cell(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -248,23 +251,30 @@ def table(results: Sequence[Result]) -> str:
     def ratio(slower: float | None, faster: float | None) -> str:
         return "-" if slower is None or faster is None else record.format_ratio(slower / faster)
 
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if len(known) == len(values) else None
+
     target = results[0].target_return
-    header = ["policy", "return", "wall s", "rollouts s", "updates s", "ms per update"]
+    header = ["policy", "seed", "return", "wall s", "rollouts s", "updates s", "ms per update"]
     header.append("s to its target" if target is None else f"s to {target:g}")
-    rows = [
-        [
-            result.policy,
-            cell(result.mean_return, 1),
-            *(cell(seconds, 1) for seconds in (result.wall_s, result.rollout_s, result.update_s)),
-            cell(result.update_mean_s * 1e3, 0),
-            cell(result.target_s, 1),
-        ]
-        for result in results
-    ]
-    if len(results) == 2:
-        first, second = results
-        columns = ("wall_s", "rollout_s", "update_s", "update_mean_s", "target_s")
-        rows.append(["ratio", "", *(ratio(getattr(first, name), getattr(second, name)) for name in columns)])
+    times = ("wall_s", "rollout_s", "update_s", "update_mean_s", "target_s")
+
+    def row(policy: str, seed: str, mean_return: float | None, seconds: Sequence[float | None]) -> list[str]:
+        wall, rollouts, updates, update, to_target = seconds
+        in_ms = None if update is None else update * 1e3
+        cells = [cell(mean_return, 1), cell(wall, 1), cell(rollouts, 1), cell(updates, 1), cell(in_ms, 0)]
+        return [policy, seed, *cells, cell(to_target, 1)]
+
+    rows = [row(r.policy, str(r.seed), r.mean_return, [getattr(r, name) for name in times]) for r in results]
+    means = {}
+    for policy in dict.fromkeys(result.policy for result in results):
+        of_policy = [result for result in results if result.policy == policy]
+        means[policy] = [mean([getattr(result, name) for result in of_policy]) for name in times]
+        if len(of_policy) > 1:
+            rows.append(row(policy, "mean", mean([result.mean_return for result in of_policy]), means[policy]))
+    if len(means) == 2:
+        rows.append(["ratio", "", "", *(ratio(*pair) for pair in zip(*means.values(), strict=True))])
     return record.markdown_table(header, rows, numeric=range(1, len(header)))
 
 
@@ -275,8 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--observe", type=int, nargs="+", metavar="ELEMENT", help="hide the rest of the observation")
     parser.add_argument("--steps", type=int, default=100_000, help="of all environments (default: %(default)s)")
     parser.add_argument("--policy", choices=POLICIES, default="fastlstm")
-    parser.add_argument("--compare", action="store_true", help="train with both policies, one after the other")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true", help="train with both policies, in turns")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="a training for each")
     parser.add_argument("--target", type=float, help="return to stop the time of (default: the environment's)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -285,15 +295,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     try:
-        make_environments(options.env, options.seed, options.observe).close()
+        make_environments(options.env, options.seeds[0], options.observe).close()
         if options.json:
             record.ensure_writable(options.json)
     except (ValueError, gymnasium.error.Error) as error:
         parser.error(str(error))
-    settings = {"observe": options.observe, "target": options.target, "seed": options.seed}
+    settings = {"observe": options.observe, "target": options.target}
     policies = list(POLICIES) if options.compare else [options.policy]
     with num_threads(options.threads):
-        results = [train(policy, options.env, options.steps, **settings) for policy in policies]
+        results = [
+            train(policy, options.env, options.steps, seed=seed, **settings)
+            for seed in options.seeds
+            for policy in policies
+        ]
         flags = record.flags()
     print(table(results))
     if options.json:

@@ -223,29 +223,35 @@ def test_lstms_of_another_layout_are_refused(example, name: str) -> None:
 def test_the_program_compares_both_policies(example, capsys, tmp_path: Path) -> None:
     path = tmp_path / "ppo.json"
     arguments = ["--compare", "--steps", "250", "--observe", "0", "2", "--target", "10", "--threads", "1"]
-    example.main([*arguments, "--json", str(path)])
+    example.main([*arguments, "--seeds", "0", "3", "--json", str(path)])
     header, _, *rows = (line.strip("| ").split() for line in capsys.readouterr().out.splitlines())
-    assert header[0] == "policy" and [row[0] for row in rows] == ["original", "fastlstm", "ratio"]
+    assert header[0] == "policy"
+    kinds = [(row[0], row[2]) for row in rows[:-1]]
+    runs = [("original", "0"), ("fastlstm", "0"), ("original", "3"), ("fastlstm", "3")]
+    assert kinds == [*runs, ("original", "mean"), ("fastlstm", "mean")] and rows[-1][0] == "ratio"
     document = json.loads(path.read_text())
     assert document["machine"] and document["versions"]["sb3_contrib"] and document["flags"]["threads"] == 1
-    assert document["settings"] == {"env": "CartPole-v1", "observe": [0, 2], "target": 10.0, "seed": 0}
+    assert document["settings"] == {"env": "CartPole-v1", "observe": [0, 2], "target": 10.0}
     assert document["hyperparameters"]["n_steps"] == 32
     results = document["results"]
-    assert [result["policy"] for result in results] == ["original", "fastlstm"]
+    assert [(result["policy"], str(result["seed"])) for result in results] == runs
     for result in results:
         assert result["steps"] == 256 and result["updates"] == 2
         assert 0 < result["rollout_s"] < result["wall_s"] and 0 < result["update_s"] < result["wall_s"]
         assert result["target_s"] == next(seconds for _, seconds, mean in result["curve"] if mean >= 10)
         assert result["mean_return"] == result["curve"][-1][-1] > 10
-    assert results[0]["mean_return"] == results[1]["mean_return"]  # the same episodes so far
+    for original, ours in (results[:2], results[2:]):
+        assert original["mean_return"] == ours["mean_return"]  # the same episodes so far
+    means = [sum(result["mean_return"] for result in results[i::2]) / 2 for i in range(2)]
+    assert [row[4] for row in rows[4:6]] == [f"{mean:.1f}" for mean in means]
 
 
 def test_the_program_trains_one_policy(example, capsys) -> None:
-    example.main(["--policy", "fastlstm", "--env", "Pendulum-v1", "--steps", "128", "--seed", "5"])
+    example.main(["--policy", "fastlstm", "--env", "Pendulum-v1", "--steps", "128", "--seeds", "5"])
     lines = capsys.readouterr().out.splitlines()
     assert "s to its target" in lines[0]
     # No episode of 200 steps has ended, and there is no target.
-    assert len(lines) == 3 and lines[2].split()[1::2][:2] == ["fastlstm", "-"]
+    assert len(lines) == 3 and lines[2].split()[1::2][:3] == ["fastlstm", "5", "-"]
 
 
 @pytest.mark.parametrize(

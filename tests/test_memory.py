@@ -27,7 +27,7 @@ def test_gates_and_their_gradients(pass_: str, most: float) -> None:
     assert least <= peak <= most * gates
 
 
-def test_both_contenders_are_measured(tmp_path: Path) -> None:
+def test_all_contenders_are_measured(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     command = [sys.executable, str(SCRIPT), "--shapes", "T256-B8-H64", "--json", str(path)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -37,3 +37,5 @@ def test_both_contenders_are_measured(tmp_path: Path) -> None:
     for row in document["rows"]:
         assert row["shape"] == "T256-B8-H64" and row["shape"] in shown
         assert row["fastlstm"] > 0 and row["torch"] > 0
+    training = document["rows"][1]
+    assert 0 < training["recompute"] < training["fastlstm"]
