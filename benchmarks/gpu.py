@@ -494,16 +494,32 @@ def run_tiny(device: str) -> bool:
             continue
         for B, I, H in ((9, 24, 40), (3, 7, 33)):  # noqa: E741
             with fastlstm.force(plan=family, **shape):
-                module = fastlstm.FastLSTM(I, H, **kwargs, device=device, dtype=dtype)
-                x = torch.randn(T, B, I).to(device, dtype).requires_grad_()
-                lengths = torch.tensor([T - b % T for b in range(B)])
-                mask = torch.arange(T * B).view(T, B).remainder(5).eq(4).to(device)
-                for options in ({}, {"lengths": lengths, "reset_mask": mask}):
-                    y, (h_n, c_n) = module(x, **options)
-                    (y.sum() + h_n.sum() + c_n.sum()).backward()
-            finite = x.grad is not None and x.grad.isfinite().all().item()
-            print(f"{family} {dtype} {kwargs} T={T} B={B} H={H} finite={finite}", flush=True)
+                run_steps(f"{family} {kwargs}", T, B, I, H, device, dtype, **kwargs)
+    for H in (40, 600):  # the second in rows of several turns of a block
+        run_steps("layer_norm", 3, 3, 24, H, device, torch.bfloat16, bidirectional=True, layer_norm=True)
     return True
+
+
+def run_steps(
+    name: str,
+    T: int,
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    device: str,
+    dtype: torch.dtype,
+    **module_options: Any,
+) -> None:
+    """Forward and backward, of whole sequences and of ragged ones with resets."""
+    module = fastlstm.FastLSTM(I, H, **module_options, device=device, dtype=dtype)
+    x = torch.randn(T, B, I).to(device, dtype).requires_grad_()
+    lengths = torch.tensor([T - b % T for b in range(B)])
+    mask = torch.arange(T * B).view(T, B).remainder(5).eq(4).to(device)
+    for options in ({}, {"lengths": lengths, "reset_mask": mask}):
+        y, (h_n, c_n) = module(x, **options)
+        (y.sum() + h_n.sum() + c_n.sum()).backward()
+    finite = x.grad is not None and x.grad.isfinite().all().item()
+    print(f"{name} {dtype} T={T} B={B} H={H} finite={finite}", flush=True)
 
 
 # Summary

@@ -21,7 +21,7 @@ from fastlstm.bench import record, shapes
 from fastlstm.bench.workload import Pass, Workload
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
-CONTENDERS = ("fastlstm", "recompute", "torch")
+CONTENDERS = ("fastlstm", "recompute", "torch")  # the second is FastLSTM too
 
 
 def resident(field: str) -> int:
@@ -65,6 +65,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "PASS"), help="print this figure alone, in bytes")
     arguments = parser.parse_args()
     selected = shapes.select(arguments.shapes)
+    for shape in selected:
+        if shape.kind == "cell":
+            parser.error(f"--shapes must be of layers, which recompute can be asked of, got {shape.name}")
     if arguments.one:
         contender, pass_ = arguments.one
         print(peak_bytes(selected[0], contender, pass_))

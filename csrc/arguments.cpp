@@ -210,20 +210,19 @@ void check_backward(const Arguments& a, const Call& call, const BackwardCall& ba
   FASTLSTM_CHECK(
       backward.groups >= 1 && a.batch() % backward.groups == 0 && (backward.groups == 1 || !call.batch_sizes),
       "groups must be positive and divide B = ", a.batch(), ", of rows that are not packed, got ", backward.groups);
-  FASTLSTM_CHECK(saved.size() == (p.layer_norm ? 6 : 3), "saved must hold gates, cells",
-                 p.layer_norm ? ", layer_outputs, norm_ih, norm_hh and rstd" : " and layer_outputs", ", got ",
-                 saved.size(), " tensors (was the forward pass run with save=True?)");
+  FASTLSTM_CHECK(saved.size() == (p.layer_norm ? 5 : 3), "saved must hold ",
+                 p.layer_norm ? "norm_ih, cells, layer_outputs, norm_hh and rstd" : "gates, cells and layer_outputs",
+                 ", got ", saved.size(), " tensors (was the forward pass run with save=True?)");
   const bool recompute = saved[0].dim() == 3 && saved[0].size(1) == 0;
   const int64_t kept_rows = recompute ? 0 : a.row_count;
-  check_shape("gates", "[L*D, N, 4H]", saved[0], {states, kept_rows, kGates * p.H});
+  check_shape(p.layer_norm ? "norm_ih" : "gates", "[L*D, N, 4H]", saved[0], {states, kept_rows, kGates * p.H});
   check_shape("cells", "[L*D, N, H]", saved[1], {states, a.row_count, p.H});
   check_shape("layer_outputs", "[L-1, N, D*P]", saved[2], {p.layers - 1, a.row_count, width});
   if (p.layer_norm) {
-    check_shape("norm_ih", "[L*D, N, 4H]", saved[3], {states, kept_rows, kGates * p.H});
-    check_shape("norm_hh", "[L*D, N, 4H]", saved[4], {states, kept_rows, kGates * p.H});
-    check_shape("rstd", "[2*L*D, N, 1]", saved[5], {2 * states, kept_rows, 1});
+    check_shape("norm_hh", "[L*D, N, 4H]", saved[3], {states, kept_rows, kGates * p.H});
+    check_shape("rstd", "[2*L*D, N, 1]", saved[4], {2 * states, kept_rows, 1});
   }
-  const ScalarType saved_types[] = {saved_type, a.compute_type, saved_type, saved_type, saved_type, a.compute_type};
+  const ScalarType saved_types[] = {saved_type, a.compute_type, saved_type, saved_type, a.compute_type};
   for (size_t i = 0; i < saved.size(); ++i)
     FASTLSTM_CHECK(
         saved[i].scalar_type() == saved_types[i] && saved[i].is_contiguous() && saved[i].device() == call.x.device(),

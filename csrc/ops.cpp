@@ -30,13 +30,14 @@
 //                     bias_ln_c [H]
 // All of them are on the device of x, but for batch_sizes; lengths may be on the CPU too.
 //
-// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, then with `save` three or six tensors: gates [L*D, N, 4H]
-// (activations i, f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with
-// `lengths` their rows are in an order of the backend's own. With layer_norm come norm_ih and norm_hh [L*D, N, 4H], the
-// normalised products, and rstd [2*L*D, N, 1], what W_ih x and, in the second half, W_hh h have been multiplied by for
-// that. With `recompute`, gates, norm_ih, norm_hh and rstd have no rows. On the CPU all of them are in the compute type
-// (float32 below float64), on CUDA only cells are, and the others in the dtype of x. Last come, with cell_layers, the
-// cell states [cell_layers * D, *x.shape[:-1], H] in the dtype of x.
+// Returns y [T, B, D*P] (packed: [N, D*P]), h_n, c_n, then with `save` three tensors: gates [L*D, N, 4H] (activations
+// i, f, g, o), cells [L*D, N, H] and layer_outputs [L-1, N, D*P]; N is T * B unless packed, and with `lengths` their
+// rows are in an order of the backend's own. With layer_norm there are five: in the place of gates, which follow from
+// them, norm_ih [L*D, N, 4H], the normalised W_ih x, and last norm_hh, likewise of W_hh h, and rstd [2*L*D, N, 1], what
+// W_ih x and, in the second half, W_hh h have been multiplied by for that. With `recompute`, gates, norm_ih, norm_hh
+// and rstd have no rows. On the CPU all of them are in the compute type (float32 below float64), on CUDA only cells and
+// rstd are, and the others in the dtype of x. Last come, with cell_layers, the cell states [cell_layers * D,
+// *x.shape[:-1], H] in the dtype of x.
 //
 // lstm_backward returns d_x, d_h_0, d_c_0, one gradient per weight and, with reset_h, those of reset_h and reset_c;
 // what `needs` marks with 0 comes back empty. `needs` has an entry for x, one for the states, then one per weight, and

@@ -10,7 +10,7 @@ whole batch. Everything else is sb3-contrib's own, parameters and saved models i
     model = RecurrentPPO(FastMlpLstmPolicy, env)
     model = RecurrentPPO.load(path, custom_objects={"policy_class": FastMlpLstmPolicy})
 
-Run as a program, it trains with either policy, by the same hyperparameters and seed, and says where the time goes.
+Run as a program, it trains with either policy, by the same hyperparameters and seeds, and says where the time goes.
 Needs `pip install "fastlstm[examples]"`.
 """
 
@@ -295,7 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     try:
-        make_environments(options.env, options.seeds[0], options.observe).close()
+        for seed in options.seeds:
+            make_environments(options.env, seed, options.observe).close()
         if options.json:
             record.ensure_writable(options.json)
     except (ValueError, gymnasium.error.Error) as error:

@@ -129,7 +129,7 @@ def _lstm_fake(
             x.new_empty((layers - 1, rows, width), dtype=dtype),
         ]
         if options.extras.layer_norm:
-            saved += [x.new_empty((states, kept_rows, 4 * hidden), dtype=dtype) for _ in range(2)]
+            saved.append(x.new_empty((states, kept_rows, 4 * hidden), dtype=dtype))
             saved.append(x.new_empty((2 * states, kept_rows, 1), dtype=compute_dtype))
     returned = options.extras.cell_layers * directions
     cell_states = [x.new_empty(returned, *x.shape[:-1], hidden)] if returned else []

@@ -142,7 +142,7 @@ def lstm(
             of the memory and takes one product more.
         layer_norm: whether the gates' products and the cell state are normalised (Ba, Kiros and Hinton, "Layer
             Normalization", 2016); each direction then has four weights more, at its end: weight_ln_ih and
-            weight_ln_hh ``[4H]``, weight_ln_c and bias_ln_c ``[H]``. On the CPU only.
+            weight_ln_hh ``[4H]``, weight_ln_c and bias_ln_c ``[H]``.
 
     Returns:
         ``(output, (h_n, c_n))``: the output shaped like the input with D * Hout features, the final states

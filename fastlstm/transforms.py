@@ -46,7 +46,7 @@ class _Structure(NamedTuple):
     @property
     def saved(self) -> int:
         """How many tensors the operator saves."""
-        return 6 if self.layer_norm else 3
+        return 5 if self.layer_norm else 3
 
 
 class _Inputs(NamedTuple):

@@ -477,6 +477,14 @@ def test_steps_with_extras(extra: str, precision: str) -> None:
             _check_by_bounds(cases.normalised(case, 9, H) if case.layer_norm else case)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_layer_norm_of_long_rows(precision: str) -> None:
+    """A thread has several units of a row."""
+    case = cases.Case("stepwise", precision, T=3, B=9, I=9, H=530, layer_norm=True)
+    for recompute in (False, True):
+        _check_by_bounds(replace(case, recompute=recompute))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_computed_again(family: str, precision: str) -> None:

@@ -95,6 +95,17 @@ def test_extras_of_steps(extra: str, element: str) -> None:
         assert equal(dict(zip(training, [*outputs, *cells], strict=True)), training)
 
 
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_ways_of_backward_with_layer_norm(kind: str) -> None:
+    options = BACKWARD[kind]
+    for element, layout, (L, D) in itertools.product([*MULTIPLIED, "fp64"], LAYOUTS, [(1, 2), (3, 1)]):
+        if "batch_sizes" in layout and "groups" in options:
+            continue
+        case = Case("stepwise", element, T=4, B=9, I=9, H=40, L=L, D=D, layer_norm=True, **options | layout)
+        check(case)
+        check(replace(case, needs=(False, True, False), resets=0.2))  # neither of x nor of its weights
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", BACKWARD)
 def test_ways_of_backward(kind: str, family: str) -> None:

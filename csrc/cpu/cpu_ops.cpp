@@ -292,8 +292,7 @@ ForwardResult forward(const DriverArguments& a, const Call& call, const Wanted& 
   std::vector<Tensor> saved;
   if (p.training) saved = {save_gates(states, kGates * p.H), save(states, p.H), save(p.layers - 1, width)};
   if (p.training && p.layer_norm)
-    saved.insert(saved.end(),
-                 {save_gates(states, kGates * p.H), save_gates(states, kGates * p.H), save_gates(2 * states, 1)});
+    saved.insert(saved.end(), {save_gates(states, kGates * p.H), save_gates(2 * states, 1)});
   std::vector<Tensor> cell_states;
   const int64_t returned = wanted.cell_layers * p.directions;
   if (returned > 0) cell_states = {empty(a.rows_of(returned, p.H), a.compute_type)};
@@ -309,13 +308,13 @@ ForwardResult forward(const DriverArguments& a, const Call& call, const Wanted& 
     stack.c_n = outputs.states(c_n, p.H, false);
     stack.cell_states = cell_data;
     stack.cell_layers = wanted.cell_layers;
-    stack.gates = p.training && !wanted.recompute ? data<T>(saved[0]) : nullptr;
+    T* const gates = p.training && !wanted.recompute ? data<T>(saved[0]) : nullptr;
+    (p.layer_norm ? stack.norm_ih : stack.gates) = gates;
     stack.cells = p.training ? data<T>(saved[1]) : nullptr;
     stack.layer_outputs = p.training ? data<T>(saved[2]) : nullptr;
-    if (stack.gates && p.layer_norm) {
-      stack.norm_ih = data<T>(saved[3]);
-      stack.norm_hh = data<T>(saved[4]);
-      stack.rstd_ih = data<T>(saved[5]);
+    if (stack.norm_ih) {
+      stack.norm_hh = data<T>(saved[3]);
+      stack.rstd_ih = data<T>(saved[4]);
       stack.rstd_hh = stack.rstd_ih + states * p.N;
     }
     run(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
@@ -372,13 +371,12 @@ BackwardResult backward(const DriverArguments& a, const Call& call, const Backwa
     StackBackward<T> stack = {};
     fill_inputs(stack, a, call, inputs);
     stack.y = inputs.rows(b.y, 1, p.directions * out);
-    stack.gates = b.saved[0].numel() > 0 ? data<T>(b.saved[0]) : nullptr;
+    (p.layer_norm ? stack.norm_ih : stack.gates) = data<T>(b.saved[0]);  // null if it has no rows
     stack.cells = data<T>(b.saved[1]);
     stack.layer_outputs = data<T>(b.saved[2]);
-    if (stack.gates && p.layer_norm) {
-      stack.norm_ih = data<T>(b.saved[3]);
-      stack.norm_hh = data<T>(b.saved[4]);
-      stack.rstd_ih = data<T>(b.saved[5]);
+    if (stack.norm_ih) {
+      stack.norm_hh = data<T>(b.saved[3]);
+      stack.rstd_ih = data<T>(b.saved[4]);
       stack.rstd_hh = stack.rstd_ih + p.layers * p.directions * p.N;
     }
     stack.d_y = b.d_y ? inputs.rows(*b.d_y, 1, p.directions * out) : nullptr;

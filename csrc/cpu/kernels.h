@@ -138,7 +138,7 @@ struct BackwardTask {
   bool reverse;              // of the forward pass; backward runs the other way
   int64_t H, P;
 
-  const T* gates;              // [., 4H], activations; the first row is ...
+  const T* gates;              // [., 4H], activations; null with normalised gates. The first row is ...
   int64_t gates_first;         // ... this one of all N
   const T* cells;              // [N, H]
   const T* c_0;                // [B, H]
@@ -165,8 +165,10 @@ struct BackwardTask {
   // precision.
   StepRows<A> d_gates_terms, d_projected_terms;
 
+  // Of normalised gates:
   LayerNorm<const T> norm;
-  const T *norm_ih, *norm_hh;        // [., 4H], normalised products; their first row is that of gates
+  const T* bias;                     // [unit blocks][4][lanes], b_ih + b_hh, zero-padded
+  const T *norm_ih, *norm_hh;        // [., 4H], normalised products, whose first row is gates_first
   const T *rstd_ih, *rstd_hh;        // [.], what they have been multiplied by for that
   T *d_products_ih, *d_products_hh;  // [rows of the chunk, 4H], gradients of x_t W_ih^T and h_{t-1} W_hh^T, out
   T *norm_c, *d_norm_c;  // [rows of the chunk, H], normalised c_t and the gradient of gain_c norm_c + bias_c, out
@@ -261,10 +263,8 @@ struct Kernels {
   // The same with normalised gates, whose rows cannot be divided; also d_products_ih and _hh, norm_c and d_norm_c.
   void (*backward_normalized)(const BackwardTask<T, A>& task, int64_t t, Range rows);
 
-  // gates = activations of (gates + bias), which is packed; or of normalised products of the same rows.
+  // gates = activations of (gates + bias), which is packed.
   void (*activate_gates)(const T* bias, int64_t H, Range rows, T* gates);
-  void (*activate_normalized)(const T* bias, const LayerNorm<const T>& norm, const T* norm_ih, const T* norm_hh,
-                              int64_t H, Range rows, T* gates);
 
   // Rows of n elements become (row - mean) * rstd, rstd = 1 / sqrt(variance + 1e-5). `rstd` may be null.
   void (*normalize_rows)(T* data, int64_t n, Range rows, T* rstd);

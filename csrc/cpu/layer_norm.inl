@@ -95,26 +95,37 @@ template <class T>
 void add_column_sums(const T* left, int64_t stride, const int64_t* rows, int64_t K, Range columns,
                      const std::vector<ColumnSums<T>>& sums, bool accumulate) {
   constexpr int64_t kAtOnce = 1024;  // columns whose sums and whose part of a row of `left` stay in the nearest cache
+  constexpr int64_t kRows = 4;       // that a pass over the sums adds, one after the other
   for (int64_t first = columns.begin; first < columns.end; first += kAtOnce) {
     const int64_t count = std::min(kAtOnce, columns.end - first);
     const auto offset = [&](int64_t k) { return (rows ? rows[k] : k) * stride + first; };
     for (int64_t begin = 0; begin < std::max<int64_t>(K, 1); begin += kDepth) {
       T chains[kMostColumnSums][kAtOnce] = {};
-      for (int64_t k = begin; k < std::min(begin + kDepth, K); ++k) {
+      const int64_t end = std::min(begin + kDepth, K);
+      const auto add_rows = [&](int64_t k, auto added) {
+        int64_t at[kRows];
+        for (int64_t r = 0; r < added; ++r) at[r] = offset(k + r);
         // No more than the next row is brought closer, bit by bit: parts of rows that lie a power of two apart share
         // the sets of a cache.
-        const int64_t at = offset(k), next = offset(std::min(k + 1, K - 1));
+        const int64_t next = offset(std::min(k + added, K - 1));
         for (size_t s = 0; s < sums.size(); ++s) {
           T* const chain = chains[s];
           const T* const right = sums[s].right;
           const T* const upcoming = (right ? right : left) + next;
           for_each_vector<T>(count, [&](int64_t i, auto n) {
             __builtin_prefetch(upcoming + i);
-            const Vec<T> one = load_first(left + at + i, n), sum = load_first(chain + i, n);
-            store_first(chain + i, right ? fma(one, load_first(right + at + i, n), sum) : sum + one, n);
+            Vec<T> sum = load_first(chain + i, n);
+            for (int64_t r = 0; r < added; ++r) {
+              const Vec<T> one = load_first(left + at[r] + i, n);
+              sum = right ? fma(one, load_first(right + at[r] + i, n), sum) : sum + one;
+            }
+            store_first(chain + i, sum, n);
           });
         }
-      }
+      };
+      int64_t k = begin;
+      for (; k + kRows <= end; k += kRows) add_rows(k, std::integral_constant<int64_t, kRows>());
+      for (; k < end; ++k) add_rows(k, std::integral_constant<int64_t, 1>());
       for (size_t s = 0; s < sums.size(); ++s) {
         if (accumulate || begin > 0)
           add_row(chains[s], count, sums[s].out + first);
@@ -138,20 +149,6 @@ inline __attribute__((always_inline)) void normalized_gates(const T* bias, const
     gate[g] = load(bias + (unit / W * kGates + g) * W);
     gate[g] = fma(load_first(norm.gain_ih + at, n), load_first(norm_ih + at, n), gate[g]);
     gate[g] = fma(load_first(norm.gain_hh + at, n), load_first(norm_hh + at, n), gate[g]);
-  }
-}
-
-template <class T>
-void activate_normalized(const T* bias, const LayerNorm<const T>& norm, const T* norm_ih, const T* norm_hh, int64_t H,
-                         Range rows, T* gates) {
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int64_t first = row * kGates * H;
-    for_each_vector<T>(H, [&](int64_t unit, auto n) {
-      Vec<T> gate[kGates], unused_c = {};
-      normalized_gates(bias, norm, norm_ih + first, norm_hh + first, H, unit, n, gate);
-      cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], unused_c);
-      for (int g = 0; g < kGates; ++g) store_first(gates + first + g * H + unit, gate[g], n);
-    });
   }
 }
 
@@ -209,24 +206,25 @@ void backward_normalized(const BackwardTask<T, A>& task, int64_t t, Range rows) 
   rows.end = std::min(rows.end, task.schedule->active(t));
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = offset + b, saved_row = row - task.gates_first, own_row = row - task.first;
-    const T* const gates = task.gates + saved_row * columns;
+    const T* const norm_ih = task.norm_ih + saved_row * columns;
+    const T* const norm_hh = task.norm_hh + saved_row * columns;
     const T* const c_prev = previous_cells(task, t, b);
-    T* const d_gates = task.d_gates + own_row * columns;
+    T* const d_gates = task.d_gates + own_row * columns;  // activations, until they become gradients
     T* const norm_c = task.norm_c + own_row * H;
     T* const d_norm_c = task.d_norm_c + own_row * H;
 
     for_each_vector<T>(H, [&](int64_t unit, auto n) {
-      Vec<T> c = load_first(task.cells + row * H + unit, n);
-      if (task.zoneout_c.active())  // the cells are what zoneout made of c_t, and h_t comes from c_t itself
-        c = load_first(gates + H + unit, n) * load_first(c_prev + unit, n) +
-            load_first(gates + unit, n) * load_first(gates + 2 * H + unit, n);
+      Vec<T> gate[kGates], c = load_first(c_prev + unit, n);
+      normalized_gates(task.bias, norm, norm_ih, norm_hh, H, unit, n, gate);
+      cell_state<VecMath<T>>(gate[0], gate[1], gate[2], gate[3], c);
+      for (int g = 0; g < kGates; ++g) store_first(d_gates + g * H + unit, gate[g], n);
       store_first(norm_c + unit, c, n);
     });
     const T rstd_c = normalize_row(norm_c, H);
     for_each_vector<T>(H, [&](int64_t unit, auto n) {
       const Vec<T> m =
           fma(load_first(norm.gain_c + unit, n), load_first(norm_c + unit, n), load_first(norm.bias_c + unit, n));
-      Vec<T> o = load_first(gates + 3 * H + unit, n);
+      Vec<T> o = load_first(d_gates + 3 * H + unit, n);
       if (task.hidden) store_first(task.hidden + own_row * H + unit, cell_output<VecMath<T>>(o, m), n);
       const Vec<T> d_m = cell_output_backward<VecMath<T>>(o, m, output_gradient(task, row, b, unit, n));
       store_first(d_norm_c + unit, d_m, n);
@@ -235,7 +233,7 @@ void backward_normalized(const BackwardTask<T, A>& task, int64_t t, Range rows) 
     const NormGradient<T> of_c = NormGradient<T>::of_row(d_norm_c, norm_c, norm.gain_c, rstd_c, H);
     for_each_vector<T>(H, [&](int64_t unit, auto n) {
       Vec<T> gate[3], kept_d_c, d_c = state_gradient(task, row, b, unit, n, kept_d_c);
-      for (int g = 0; g < 3; ++g) gate[g] = load_first(gates + g * H + unit, n);
+      for (int g = 0; g < 3; ++g) gate[g] = load_first(d_gates + g * H + unit, n);
       const Vec<T> scaled = load_first(norm.gain_c + unit, n) * load_first(d_norm_c + unit, n);
       d_c = d_c + of_c.of_elements(scaled, load_first(norm_c + unit, n));
       cell_state_backward(gate[0], gate[1], gate[2], load_first(c_prev + unit, n), d_c);
@@ -243,10 +241,9 @@ void backward_normalized(const BackwardTask<T, A>& task, int64_t t, Range rows) 
       store_first(task.d_c + b * H + unit, d_c + kept_d_c, n);
     });
     T* const d_products = task.d_products_hh + own_row * columns;
-    denormalize_gradient<T>(d_gates, task.norm_ih + saved_row * columns, task.rstd_ih[saved_row], norm.gain_ih, columns,
+    denormalize_gradient<T>(d_gates, norm_ih, task.rstd_ih[saved_row], norm.gain_ih, columns,
                             task.d_products_ih + own_row * columns);
-    denormalize_gradient<T>(d_gates, task.norm_hh + saved_row * columns, task.rstd_hh[saved_row], norm.gain_hh, columns,
-                            d_products);
+    denormalize_gradient<T>(d_gates, norm_hh, task.rstd_hh[saved_row], norm.gain_hh, columns, d_products);
     if constexpr (!kFullPrecision<T, A>) {
       const StepRows<A>& rounded = task.d_gates_terms;
       round_rows(d_products, 1, columns, rounded.at(*task.schedule, t) + b * rounded.stride);

@@ -1107,7 +1107,6 @@ constexpr Kernels<T, A> kKernels = {
     backward_cells<T, A>,
     backward_normalized<T, A>,
     activate_gates<T>,
-    activate_normalized<T>,
     normalize_rows<T>,
     add_column_sums<T>,
     multiply_rows<T, A>,

@@ -397,7 +397,8 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
   // What is kept of all steps is made of all steps: the threads meet less often.
   const bool in_chunks = plan.bulk_input && !stack.norm_ih;
   const int64_t chunk_steps = in_chunks ? steps_of_chunk(p) : p.T, chunk_rows = chunk_steps * p.B;
-  const Buffer<T> gates_x(plan.bulk_input && !stack.gates ? p.directions * chunk_rows * gate_columns : 0);
+  T* const kept_products = normalized ? stack.norm_ih : stack.gates;  // of the input, or what becomes of them
+  const Buffer<T> gates_x(plan.bulk_input && !kept_products ? p.directions * chunk_rows * gate_columns : 0);
   const int64_t width_h = terms<A>(P), width_hidden = terms<A>(H);
   const Buffer<A> hidden = zeroed_pairs<A>(p.P > 0 ? p.directions * p.B * width_hidden : 0);
   const bool two_forms = !kFullPrecision<T, A> || stack.recurrent_mask;  // what is multiplied is not y itself
@@ -455,8 +456,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
         pack_panels(column_panels(k, P), P * H, [&](Range r) { k.pack_transposed(w.w_hr, H, P, pack_hr, r); });
       T* const direction_bias = bias.data() + d * blocks * kGates * k.lanes;
       k.pack_bias(w.b_ih, w.b_hh, H, direction_bias);
-      T* const saved_gates = block_of(stack.gates, index, N * gate_columns);
-      T* const saved_products = normalized ? block_of(stack.norm_ih, index, N * gate_columns) : saved_gates;
+      T* const own_products = block_of(kept_products, index, N * gate_columns);
       if (pack_input)
         pack_panels(column_panels(k, gate_columns), gate_columns * I,
                     [&](Range r) { k.pack_transposed(w.w_ih, I, gate_columns, pack_ih, r); });
@@ -470,7 +470,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.P = P;
       task.x = x;
       task.gates_x = !plan.bulk_input ? nullptr
-                     : saved_products ? saved_products
+                     : own_products   ? own_products
                                       : gates_x.data() + d * chunk_rows * gate_columns;
       task.w_ih = w.w_ih;
       task.w_hh = w.w_hh;
@@ -495,7 +495,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       task.initial_h = stack.h_0 + index * p.B * P;
       task.kept_h_of_restart = stack.reset_h ? stack.reset_h + index * p.B * P : zeros.data();
       task.kept_h_stride = stack.reset_h ? P : 0;
-      task.gates = saved_gates;
+      task.gates = block_of(stack.gates, index, N * gate_columns);
       T* const cell_states = index >= first_returned ? stack.cell_states + (index - first_returned) * N * H : nullptr;
       task.cells = stack.cells ? stack.cells + index * N * H : cell_states;
       if (normalized) {
@@ -511,7 +511,7 @@ void run_pass(const StackForward<T>& stack, const Kernels<T, A>& k, const PassPl
       for (int64_t d = 0; d < p.directions && plan.bulk_input; ++d) {
         ForwardTask<T, A>& task = tasks[d];
         const Range rows = rows_of_steps(*task.schedule, steps, task.reverse);
-        task.first = task.gates ? 0 : rows.begin;
+        task.first = kept_products ? 0 : rows.begin;
         T* const product = task.gates_x + (rows.begin - task.first) * gate_columns;
         const A* const pack_ih = pack_input ? packs.data() + d * (ih_size + gates_size + hr_size) : nullptr;
         const int64_t index = layer * p.directions + d, count = rows.end - rows.begin;
@@ -844,8 +844,8 @@ class GatesAgain {
         hh_size_(packed_columns_size(k, P_, kGates * p.H)),
         bias_size_(unit_blocks(k, p.H) * kGates * k.lanes),
         packs_(p.directions * (ih_size_ + hh_size_)),
-        biases_(p.directions * bias_size_),
-        gates_(p.directions * chunk_rows * kGates * p.H),
+        biases_(p.layer_norm ? 0 : p.directions * bias_size_),
+        gates_(p.layer_norm ? 0 : p.directions * chunk_rows * kGates * p.H),
         norms_(p.layer_norm ? p.directions * chunk_rows * 2 * kGates * p.H : 0),
         rstds_(p.layer_norm ? p.directions * chunk_rows * 2 : 0),
         factors_(k) {}
@@ -855,37 +855,34 @@ class GatesAgain {
     const int64_t columns = kGates * H_, panels = column_panels(k_, columns);
     pack_panels(panels, columns * I, [&](Range r) { k_.pack_transposed(w.w_ih, I, columns, ih, r); });
     pack_panels(panels, columns * P_, [&](Range r) { k_.pack_transposed(w.w_hh, P_, columns, ih + ih_size_, r); });
-    k_.pack_bias(w.b_ih, w.b_hh, H_, biases_.data() + direction * bias_size_);
+    if (!w.norm.active()) k_.pack_bias(w.b_ih, w.b_hh, H_, biases_.data() + direction * bias_size_);
   }
 
-  // Gates [rows, 4H] for the task, of x [rows, I] and h_before [rows, P], and what else it needs if they are
-  // normalised.
+  // Gates [rows, 4H] for the task, or the normalised products that they are made of, of x [rows, I] and h_before
+  // [rows, P].
   void compute(int64_t direction, const T* x, int64_t I, const T* h_before, int64_t rows, BackwardTask<T, A>& task) {
     const A* const ih = packs_.data() + direction * (ih_size_ + hh_size_);
     const int64_t columns = kGates * H_;
-    T* const gates = gates_.data() + direction * rows_ * columns;
     const A* const hh = ih + ih_size_;
-    const T* const bias = biases_.data() + direction * bias_size_;
     if (task.norm.active()) {
       T* const norm_ih = norms_.data() + direction * rows_ * 2 * columns;
       T* const norm_hh = norm_ih + rows_ * columns;
       T* const rstd_ih = rstds_.data() + direction * rows_ * 2;
       T* const rstd_hh = rstd_ih + rows_;
       const auto normalize_ih = [&](Range r) { k_.normalize_rows(norm_ih, columns, r, rstd_ih); };
-      const auto finish = [&](Range r) {
-        k_.normalize_rows(norm_hh, columns, r, rstd_hh);
-        k_.activate_normalized(bias, task.norm, norm_ih, norm_hh, H_, r, gates);
-      };
+      const auto normalize_hh = [&](Range r) { k_.normalize_rows(norm_hh, columns, r, rstd_hh); };
       multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, norm_ih, false, normalize_ih);
-      multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), hh, columns, norm_hh, false, finish);
+      multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), hh, columns, norm_hh, false, normalize_hh);
       task.norm_ih = norm_ih, task.norm_hh = norm_hh;
       task.rstd_ih = rstd_ih, task.rstd_hh = rstd_hh;
     } else {
+      T* const gates = gates_.data() + direction * rows_ * columns;
+      const T* const bias = biases_.data() + direction * bias_size_;
       const auto finish = [&](Range r) { k_.activate_gates(bias, H_, r, gates); };
       multiply_bulk(k_, factors_.of(x, rows, I), rows, terms<A>(I), ih, columns, gates, false);
       multiply_bulk(k_, factors_.of(h_before, rows, P_), rows, terms<A>(P_), hh, columns, gates, true, finish);
+      task.gates = gates;
     }
-    task.gates = gates;
   }
 
  private:
@@ -950,6 +947,8 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   const Buffer<T> d_hidden(projected ? p.directions * p.B * H : 0);
   const int64_t normalized_rows = normalized ? p.directions * chunk_rows : 0;
   const Buffer<T> d_products(2 * normalized_rows * columns), norm_c(normalized_rows * H), d_norm_c(normalized_rows * H);
+  const int64_t bias_size = normalized ? unit_blocks(k, H) * kGates * k.lanes : 0;
+  const Buffer<T> bias(p.directions * bias_size);
   const bool recurrent = p.T > 1 || stack.needs_d_h_0;  // a single step needs no d_h W_hh
   const int64_t hh_size = packed && recurrent ? packed_columns_size(k, columns, P) : 0;
   const int64_t hr_size = packed && projected ? packed_columns_size(k, P, H) : 0;
@@ -969,10 +968,11 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
   std::fill_n(zeros.data(), restarts ? H : 0, T(0));
   const Buffer<T> kept_d_h(stack.zoneout_h.active() ? p.directions * p.B * P : 0);
   // What the recurrent product read, where it does not stand in y or has to be multiplied again.
-  const bool gathered = stack.recurrent_mask || !stack.gates;
+  const bool computes_gates = !(normalized ? stack.norm_ih : stack.gates);
+  const bool gathered = stack.recurrent_mask || computes_gates;
   const Buffer<T> h_before(gathered ? p.directions * chunk_rows * P : 0);
   std::optional<GatesAgain<T, A>> gates_again;
-  if (!stack.gates) gates_again.emplace(k, p, chunk_rows, widest_input);
+  if (computes_gates) gates_again.emplace(k, p, chunk_rows, widest_input);
   const auto groups =
       grouped ? rows_of_groups(*stack.schedule, stack.groups, stack.group_of) : std::vector<std::vector<int64_t>>();
   const int64_t first_returned = (p.layers - stack.cell_layers) * p.directions;  // of the cell states that are returned
@@ -1045,6 +1045,8 @@ void run_pass(const StackBackward<T>& stack, const Kernels<T, A>& k, const PassP
       task.d_gates = d_gates.data() + d * chunk_rows * columns;
       if (normalized) {
         task.norm = w.norm;
+        task.bias = bias.data() + d * bias_size;
+        k.pack_bias(w.b_ih, w.b_hh, H, bias.data() + d * bias_size);
         task.norm_ih = block_of(stack.norm_ih, index, N * columns);
         task.norm_hh = block_of(stack.norm_hh, index, N * columns);
         task.rstd_ih = block_of(stack.rstd_ih, index, N);

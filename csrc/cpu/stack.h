@@ -45,13 +45,14 @@ struct StackInputs {
 
 template <class T>
 struct StackForward : StackInputs<T> {
-  T* y;                  // [N, D*P]
-  T* h_n;                // [L*D, B, P]
-  T* c_n;                // [L*D, B, H]
-  T* gates;              // [L*D, N, 4H], saved for backward; null in inference
-  T *norm_ih, *norm_hh;  // [L*D, N, 4H], normalised products, likewise; null without layer_norm, too
+  T* y;    // [N, D*P]
+  T* h_n;  // [L*D, B, P]
+  T* c_n;  // [L*D, B, H]
+  // What of it is saved for backward; null in inference. Of gates or norms one is, or neither: they are computed again.
+  T* gates;              // [L*D, N, 4H], without layer_norm
+  T *norm_ih, *norm_hh;  // [L*D, N, 4H], normalised products, with it
   T *rstd_ih, *rstd_hh;  // [L*D, N], what they have been multiplied by for that
-  T* cells;              // [L*D, N, H], likewise
+  T* cells;              // [L*D, N, H]
   T* layer_outputs;      // [L-1, N, D*P], undropped outputs of the lower layers, likewise
   T* cell_states;        // [cell_layers * D, N, H], c_t of the highest layers; null if there are none
   int64_t cell_layers;
@@ -60,8 +61,8 @@ struct StackForward : StackInputs<T> {
 template <class T>
 struct StackBackward : StackInputs<T> {
   const T* y;                                      // as the forward pass made them
-  const T* gates;                                  // null: computed again, and so are the next four
-  const T *norm_ih, *norm_hh, *rstd_ih, *rstd_hh;  // null without layer_norm, too
+  const T* gates;                                  // null with layer_norm, or: computed again
+  const T *norm_ih, *norm_hh, *rstd_ih, *rstd_hh;  // null without layer_norm, or: computed again
   const T* cells;
   const T* layer_outputs;
   const T* d_cell_states;  // [cell_layers * D, N, H], or null: zero

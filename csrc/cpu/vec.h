@@ -162,8 +162,8 @@ inline __attribute__((always_inline)) void transpose(Row (&rows)[W]) {
 
 // ---------------------------------------------------------------------------------------------- operands of products
 
-// float32 to bfloat16, to nearest with ties to even; NaN stays NaN. As an instruction does it, but for denormals, which
-// that makes zero, as all kernels do.
+// float32 to bfloat16, to nearest with ties to even; NaN stays NaN. AVX512_BF16's instruction makes denormals zero, and
+// is the same otherwise.
 inline uint16_t round_to_bf16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));

@@ -5,7 +5,7 @@
 // recurrence is ours. Everything happens on the current stream of x's device, nothing waits for it, and all memory is
 // torch's: a call can be captured in a CUDA graph, unless it has batch_sizes or lengths on the CPU, which are copied.
 //
-// gates_x, activations and their gradients are saved and exchanged in the dtype of x; sums and cell
+// gates_x, activations (or normalised products) and gradients are saved and exchanged in the dtype of x; sums and cell
 // states are float32 (float64 for float64).
 #include "cuda_ops.h"
 
@@ -146,7 +146,7 @@ class Stack {
             zoneout(zoneout_h_, zoneout_rate_h_), zoneout(zoneout_c_, zoneout_rate_c_)};
   }
   // Of a direction of a layer, with layer normalisation.
-  NormalizedGates normalized_gates(const Weights& w) const {
+  NormWeights norm_weights(const Weights& w) const {
     return {pointer(w.gain_ih), pointer(w.gain_hh), pointer(w.b_ih),
             pointer(w.b_hh),    pointer(w.gain_c),  pointer(w.bias_c)};
   }
@@ -269,8 +269,8 @@ struct LayerForward {
   Tensor h_n, c_n;      // [L*D, B, P], [L*D, B, H]
   Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined where they are not saved
   Tensor cell_states;   // [D, N, H], or undefined
-  // With layer normalisation, [L*D, N, 4H] twice and [2*L*D, N, 1]: what normalised products are, and what scaled them;
-  // undefined where they are not saved.
+  // With layer normalisation, in the place of gates, which follow from them, [L*D, N, 4H] twice and [2*L*D, N, 1]: what
+  // normalised products are, and what scaled them; undefined where they are not saved.
   Tensor norm_ih, norm_hh, rstd;
 };
 
@@ -280,7 +280,7 @@ Tensor input_of_layer(const Stack& s, int64_t layer, const Tensor& below, const 
   return layer > 0 && s.dropout_mask.defined() ? input.mul(rows.of(s.dropout_mask[layer - 1])) : input;
 }
 
-// W_ih times rows of a layer's input: where its activations (or it itself, normalised) will be saved, if they are.
+// W_ih times rows of a layer's input: where the gates (or it itself, normalised) will be saved, if they are.
 Tensor gates_of_input(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input,
                       const RowRange& rows) {
   const Tensor& kept = s.p.layer_norm ? layer.norm_ih : layer.gates;
@@ -356,7 +356,7 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   params.cell_states = pointer(layer.cell_states, direction);
   if (p.layer_norm) {
     normalize(s, gates_x, pointer(layer.rstd, state));
-    params.gates = s.normalized_gates(w);
+    params.norm = s.norm_weights(w);
     params.norm_hh = pointer(layer.norm_hh, state);
     params.rstd_hh = pointer(layer.rstd, p.layers * p.directions + state);
     between = s.empty_compute({p.B, 2 * p.H});
@@ -530,7 +530,7 @@ void stepwise_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   params.d_reset_h = pointer(layer.d_reset_h, state);
   params.d_reset_c = pointer(layer.d_reset_c, state);
   if (p.layer_norm) {
-    params.gates = s.normalized_gates(w);
+    params.norm = s.norm_weights(w);
     params.norm_hh = pointer(layer.norm_hh[direction]);
     params.rstd_hh = pointer(layer.rstd_hh[direction]);
     params.d_products_hh = pointer(layer.d_products_hh[direction]);
@@ -654,36 +654,57 @@ Tensor read_h(const Stack& s, const LayerBackward& layer, int64_t direction) {
   return previous;
 }
 
-// Gates that the forward pass has not kept: products of all rows at once, because all h are known.
+// Gates that the forward pass has not kept, or the normalised products that they follow from: products of all rows at
+// once, because all h are known.
 void compute_gates_again(const Stack& s, LayerBackward& layer) {
   const Problem& p = s.p;
-  const int hidden = static_cast<int>(p.H);
   const Tensor input = input_of_layer(s, layer.index, layer.below, {0, p.N});
   for (int64_t d = 0; d < p.directions; ++d) {
     const Weights& w = s.weights(layer.index, d);
     layer.read_h[d] = read_h(s, layer, d);
     const Tensor products = s.product(input, w.w_ih.t());
     if (p.layer_norm) {
-      layer.gates[d] = s.empty({p.N, kGates * p.H});
-      layer.norm_ih[d] = products;
-      layer.norm_hh[d] = s.product(layer.read_h[d], w.w_hh.t());
-      layer.rstd_ih[d] = s.empty_compute({p.N}), layer.rstd_hh[d] = s.empty_compute({p.N});
+      layer.norm_ih[d] = products, layer.rstd_ih[d] = s.empty_compute({p.N});
       normalize(s, layer.norm_ih[d], layer.rstd_ih[d].data_ptr());
+      layer.norm_hh[d] = s.product(layer.read_h[d], w.w_hh.t()), layer.rstd_hh[d] = s.empty_compute({p.N});
       normalize(s, layer.norm_hh[d], layer.rstd_hh[d].data_ptr());
-      const ActivateNormalizedParams params = {p.N,
-                                               hidden,
-                                               s.normalized_gates(w),
-                                               layer.norm_ih[d].data_ptr(),
-                                               layer.norm_hh[d].data_ptr(),
-                                               layer.gates[d].data_ptr()};
-      check(launch_activate_normalized(s.element, params, s.stream), "a backward pass");
       continue;
     }
     layer.gates[d] = products;
     multiply(s.element, products, layer.read_h[d], w.w_hh.t(), true);
-    const ActivateGatesParams params = {
-        p.N, hidden, s.vectors({&products, &w.b_ih, &w.b_hh}), pointer(w.b_ih), pointer(w.b_hh), products.data_ptr()};
+    const ActivateGatesParams params = {p.N,
+                                        static_cast<int>(p.H),
+                                        s.vectors({&products, &w.b_ih, &w.b_hh}),
+                                        pointer(w.b_ih),
+                                        pointer(w.b_hh),
+                                        products.data_ptr()};
     check(launch_activate_gates(s.element, params, s.stream), "a backward pass");
+  }
+}
+
+// What a backward pass reads of a layer's gates: kept, or computed again.
+void find_gates(const Stack& s, LayerBackward& layer, at::TensorList saved) {
+  const Problem& p = s.p;
+  const bool kept = saved[0].size(1) > 0;
+  if (!kept) compute_gates_again(s, layer);
+  for (int64_t d = 0; d < p.directions; ++d) {
+    const int64_t state = layer.index * p.directions + d;
+    if (!p.layer_norm) {
+      if (kept) layer.gates[d] = saved[0][state];
+      continue;
+    }
+    if (kept) {
+      layer.norm_ih[d] = saved[0][state], layer.rstd_ih[d] = saved[4][state];
+      layer.norm_hh[d] = saved[3][state], layer.rstd_hh[d] = saved[4][p.layers * p.directions + state];
+    }
+    layer.gates[d] = s.empty({p.N, kGates * p.H});
+    const ActivateNormalizedParams params = {p.N,
+                                             static_cast<int>(p.H),
+                                             s.norm_weights(s.weights(layer.index, d)),
+                                             layer.norm_ih[d].data_ptr(),
+                                             layer.norm_hh[d].data_ptr(),
+                                             layer.gates[d].data_ptr()};
+    check(launch_activate_normalized(s.element, params, s.stream), "a backward pass");
   }
 }
 
@@ -715,7 +736,8 @@ Tensor without_padding(const Stack& s, const Tensor& rows) {
   return rows.masked_fill(behind_end, 0);
 }
 
-// Into their places in d_weights, those that are needed.
+// Into their places in d_weights, those that are needed. With layer normalisation, leaves the gradients of W_ih x in
+// d_gates, for that of x.
 void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_bias, at::IntArrayRef needs,
                           std::vector<Tensor>& d_weights) {
   Tensor input;  // made again only if a gradient asks for it
@@ -728,6 +750,7 @@ void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_b
     const auto needed = [&](int64_t which) { return needs[2 + first + which] != 0; };
     const Tensor& d_gates = layer.d_gates[d];
     const int64_t plain = s.a.plain_weights();
+    const bool needs_input = layer.index > 0 || needs[0] != 0;
     if (has_bias && (needed(2) || needed(3))) {
       const Tensor d_bias = s.sum_of_rows(d_gates);
       if (needed(2)) d_weights[first + 2] = d_bias;
@@ -738,13 +761,15 @@ void gradients_of_weights(const Stack& s, const LayerBackward& layer, bool has_b
       if (needed(plain + 1)) d_weights[first + plain + 1] = gradient_of_gain(d_gates, layer.norm_hh[d]);
       if (needed(plain + 2)) d_weights[first + plain + 2] = gradient_of_gain(layer.d_norm_c[d], layer.norm_c[d]);
       if (needed(plain + 3)) d_weights[first + plain + 3] = s.sum_of_rows(layer.d_norm_c[d]);
-      const DenormalizeRowsParams params = {s.sequences,
-                                            static_cast<int>(d_gates.size(1)),
-                                            d_gates.data_ptr(),
-                                            pointer(s.weights(layer.index, d).gain_ih),
-                                            pointer(layer.norm_ih[d]),
-                                            pointer(layer.rstd_ih[d])};
-      check(launch_denormalize_rows(s.element, params, s.stream), "a backward pass");
+      if (needed(0) || needs_input) {
+        const DenormalizeRowsParams params = {s.sequences,
+                                              static_cast<int>(d_gates.size(1)),
+                                              d_gates.data_ptr(),
+                                              pointer(s.weights(layer.index, d).gain_ih),
+                                              pointer(layer.norm_ih[d]),
+                                              pointer(layer.rstd_ih[d])};
+        check(launch_denormalize_rows(s.element, params, s.stream), "a backward pass");
+      }
     }
     if (needed(0)) {
       if (!input.defined()) {
@@ -780,7 +805,6 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
   if (save && p.layer_norm) {
     const int64_t kept_rows = saved[0].size(1);
     saved.push_back(at::empty({states, kept_rows, kGates * p.H}, x.options()));
-    saved.push_back(at::empty({states, kept_rows, kGates * p.H}, x.options()));
     saved.push_back(at::empty({2 * states, kept_rows, 1}, compute));
   }
   Tensor y = at::empty({p.N, width}, x.options());
@@ -799,10 +823,17 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
         const Tensor out = l == p.layers - 1 ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
         if (s.padded()) out.zero_();
         const int64_t first_returned = (l - p.layers + wanted.cell_layers) * p.directions;  // of the layer
-        LayerForward layer = {l,  below, out, h_n, c_n, save_gates ? saved[0] : Tensor(), save ? saved[1] : Tensor(),
-                              {}, {},    {},  {}};
+        LayerForward layer = {};
+        layer.index = l;
+        layer.below = below;
+        layer.y = out;
+        layer.h_n = h_n, layer.c_n = c_n;
+        if (save) layer.cells = saved[1];
         if (first_returned >= 0) layer.cell_states = cell_states[0].narrow(0, first_returned, p.directions);
-        if (save_gates && p.layer_norm) layer.norm_ih = saved[3], layer.norm_hh = saved[4], layer.rstd = saved[5];
+        if (save_gates && p.layer_norm)
+          layer.norm_ih = saved[0], layer.norm_hh = saved[3], layer.rstd = saved[4];
+        else if (save_gates)
+          layer.gates = saved[0];
         layers.push_back(std::move(layer));
         below = out;
       }
@@ -880,16 +911,8 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
       layer.d_c_0 = d_c_0;
       layer.d_reset_h = d_reset_h;
       layer.d_reset_c = d_reset_c;
-      if (saved[0].size(1) == 0) compute_gates_again(s, layer);
+      find_gates(s, layer, saved);
       for (int64_t d = 0; d < p.directions; ++d) {
-        const int64_t state = l * p.directions + d;
-        if (!layer.gates[d].defined()) {
-          layer.gates[d] = saved[0][state];
-          if (p.layer_norm) {
-            layer.norm_ih[d] = saved[3][state], layer.norm_hh[d] = saved[4][state];
-            layer.rstd_ih[d] = saved[5][state], layer.rstd_hh[d] = saved[5][p.layers * p.directions + state];
-          }
-        }
         layer.d_gates[d] = s.empty({p.N, kGates * p.H});
         if (p.P > 0) layer.d_outputs[d] = s.empty({p.N, p.P}), layer.hidden_states[d] = s.empty({p.N, p.H});
         if (p.layer_norm) {

@@ -3,7 +3,8 @@
 //
 // A block has a row of the batch: a norm takes all of it, in one order whatever the size of the batch. Of a row of
 // units, a thread has every block_threads()-th one, with all four gates: what it leaves in memory for its next turn,
-// behind a sum over the row, nobody else reads.
+// behind a sum over the row, nobody else reads. (Kernels may have other numbers of threads: norms that are made again
+// can differ in their last bits.)
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,7 +18,7 @@ namespace fastlstm::cuda {
 namespace {
 
 constexpr int kThreads = 512;  // of a block at most
-constexpr int kMostSums = 6;   // that a block takes
+constexpr int kMostSums = 6;   // that a block takes: those of normalized_cells_backward
 
 // The sums over a block of what its threads have. Each call has its own place in shared memory, so that one barrier
 // is enough.
@@ -117,15 +118,15 @@ __device__ __forceinline__ void through_norm(BlockSums<typename E::Compute>& sum
 
 // The pre-activations of a unit. norm_ih, norm_hh: of the products of its gates.
 template <class E>
-__device__ __forceinline__ void pre_activations(const NormalizedGates& gates, int hidden, int unit,
+__device__ __forceinline__ void pre_activations(const NormWeights& weights, int hidden, int unit,
                                                 const typename E::Compute (&norm_ih)[kGates],
                                                 const typename E::Compute (&norm_hh)[kGates],
                                                 typename E::Compute (&a)[kGates][1]) {
 #pragma unroll
   for (int gate = 0; gate < kGates; ++gate) {
     const int64_t at = static_cast<int64_t>(gate) * hidden + unit;
-    a[gate][0] = load_one<E>(gates.gain_ih, at) * norm_ih[gate] + load_one<E>(gates.gain_hh, at) * norm_hh[gate];
-    if (gates.b_ih != nullptr) a[gate][0] += load_one<E>(gates.b_ih, at) + load_one<E>(gates.b_hh, at);
+    a[gate][0] = load_one<E>(weights.gain_ih, at) * norm_ih[gate] + load_one<E>(weights.gain_hh, at) * norm_hh[gate];
+    if (weights.b_ih != nullptr) a[gate][0] += load_one<E>(weights.b_ih, at) + load_one<E>(weights.b_hh, at);
   }
 }
 
@@ -162,14 +163,14 @@ __global__ void __launch_bounds__(kThreads, 1) normalized_cells_forward(const No
       of_h[gate] = norm_hh.of(product(gate * H + unit));
       if (p.norm_hh != nullptr) store_one<E>(p.norm_hh, cells.of_gate(gate), of_h[gate]);
     }
-    pre_activations<E>(p.gates, H, unit, of_x, of_h, a);
+    pre_activations<E>(p.norm, H, unit, of_x, of_h, a);
     cells.advance(a, made);
     c[unit] = made[0];
     o[unit] = a[3][0];
   });
   const Norm<T> norm_c = norm_of(sums, H, [&](int unit) { return c[unit]; });
   for_own(H, [&](int unit) {
-    const T m = load_one<E>(p.gates.gain_c, unit) * norm_c.of(c[unit]) + load_one<E>(p.gates.bias_c, unit);
+    const T m = load_one<E>(p.norm.gain_c, unit) * norm_c.of(c[unit]) + load_one<E>(p.norm.bias_c, unit);
     T h[1] = {cell_output<typename E::Math>(o[unit], m)};
     put_unprojected<E, true>(p, {b, unit}, h);
   });
@@ -203,8 +204,8 @@ __global__ void __launch_bounds__(kThreads, 1) normalized_cells_backward(const N
   const Norm<T> norm_c = norm_of(sums, H, [&](int unit) { return c[unit]; });
   T sum[2] = {};
   for_own(H, [&](int unit) {
-    const T gain = load_one<E>(p.gates.gain_c, unit), norm = norm_c.of(c[unit]);
-    const T m = gain * norm + load_one<E>(p.gates.bias_c, unit);
+    const T gain = load_one<E>(p.norm.gain_c, unit), norm = norm_c.of(c[unit]);
+    const T m = gain * norm + load_one<E>(p.norm.bias_c, unit);
     T o = load_one<E>(p.run.gates, of_output_gates + unit);
     if (p.hidden_states != nullptr) store_one<E>(p.hidden_states, row * H + unit, cell_output<typename E::Math>(o, m));
     const T d_m = cell_output_backward<typename E::Math>(o, m, d[unit]);
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1) normalized_cells_backward(const N
     cells.put(g);
   });
   block_barrier();  // from here on, elements of rows are divided without regard to units
-  through_norm<E>(sums, kGates * H, of_gates, p.run.d_gates, p.gates.gain_hh, p.norm_hh,
+  through_norm<E>(sums, kGates * H, of_gates, p.run.d_gates, p.norm.gain_hh, p.norm_hh,
                   load_one<Full<T>>(p.rstd_hh, row), p.d_products_hh);
 }
 
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) activate_normalized(const ActivateNo
       of_x[gate] = load_one<E>(p.norm_ih, at(gate));
       of_h[gate] = load_one<E>(p.norm_hh, at(gate));
     }
-    pre_activations<E>(p.gates, p.hidden, unit, of_x, of_h, a);
+    pre_activations<E>(p.norm, p.hidden, unit, of_x, of_h, a);
     cell_state<typename E::Math>(a[0][0], a[1][0], a[2][0], a[3][0], unused_c);
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) store<E>(p.activations, at(gate), a[gate]);

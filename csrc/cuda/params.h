@@ -43,7 +43,7 @@ struct BackwardRun {
   bool reverse;
   int begin, end;
   const void* w_hh;    // S [4H, row_stride]
-  const void* gates;   // S [N, 4H], as forward saved them
+  const void* gates;   // S [N, 4H], activations: as forward saved them, or made again
   const void* cells;   // [N, H] in the compute type
   const void* c_0;     // S [B, H]
   const void* d_y;     // S [N, y_stride], or null: zero
@@ -130,7 +130,7 @@ struct StepBackwardParams : StepParams<BackwardRun> {
 
 // What gates are made of where products are normalised: a = gain_ih * norm(W_ih x) + gain_hh * norm(W_hh h) + b_ih +
 // b_hh and h = o * tanh(gain_c * norm(c) + bias_c); rows of norm(W x) are of [4H].
-struct NormalizedGates {
+struct NormWeights {
   const void *gain_ih, *gain_hh;  // S [4H]
   const void *b_ih, *b_hh;        // S [4H], or both null
   const void *gain_c, *bias_c;    // S [H]
@@ -138,14 +138,14 @@ struct NormalizedGates {
 
 // Steps of the stepwise family with such gates. Extras are looked at in any case.
 struct NormalizedForwardParams : StepForwardParams {  // run.gates_x: norm(W_ih x)
-  NormalizedGates gates;
+  NormWeights norm;
   void* norm_hh;  // S [N, 4H]: norm(W_hh h), or null: not needed
   void* rstd_hh;  // [N] in the compute type: what it is scaled by, or null as norm_hh
   void* between;  // [B, 2H] in the compute type: memory for a step
 };
 
-struct NormalizedBackwardParams : StepBackwardParams {  // product: W_hh^T times what becomes of d_products_hh
-  NormalizedGates gates;
+struct NormalizedBackwardParams : StepBackwardParams {  // product: W_hh^T times d_products_hh of the step before
+  NormWeights norm;
   const void* norm_hh;      // S [N, 4H]
   const void* rstd_hh;      // [N] in the compute type
   void* d_products_hh;      // S [N, 4H]: gradients of W_hh h
@@ -175,7 +175,7 @@ struct DenormalizeRowsParams {
 struct ActivateNormalizedParams {
   int64_t rows;  // N
   int hidden;
-  NormalizedGates gates;
+  NormWeights norm;
   const void *norm_ih, *norm_hh;  // S [N, 4H]
   void* activations;              // S [N, 4H]
 };

@@ -115,8 +115,7 @@ template <class Params>
 class StepCells {
  public:
   __device__ __forceinline__ bool has_step() const { return has_step_; }
-  // The row of all steps, and a gate's place in rows of gates.
-  __device__ __forceinline__ int64_t row() const { return row_; }
+  // A gate's place in rows of gates.
   __device__ __forceinline__ int64_t of_gate(int gate) const { return (row_ * kGates + gate) * p_.hidden + x_.i; }
 
  protected:

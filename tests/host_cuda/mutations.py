@@ -1449,8 +1449,8 @@ MUTATIONS = [
     Mutation(
         "each kind of product has the other's gain",
         "cuda/layer_norm.cu",
-        "«load_one<E>(gates.gain_hh, at)» * norm_hh[gate]",
-        "load_one<E>(gates.gain_ih, at)",
+        "«load_one<E>(weights.gain_hh, at)» * norm_hh[gate]",
+        "load_one<E>(weights.gain_ih, at)",
         "it has its own",
         (NORMAL,),
     ),
@@ -1497,7 +1497,7 @@ MUTATIONS = [
     Mutation(
         "h comes from c itself",
         "cuda/layer_norm.cu",
-        "load_one<E>(p.gates.gain_c, unit) * «norm_c.of(c[unit])»",
+        "load_one<E>(p.norm.gain_c, unit) * «norm_c.of(c[unit])»",
         "c[unit]",
         "it comes from its norm",
         (NORMAL,),
@@ -1514,7 +1514,7 @@ MUTATIONS = [
         "the gradient of c sees the norm of what zoneout made of it",
         "cuda/layer_norm.cu",
         "c[unit] = «cells.c()[0]»;",
-        "load_one<Full<T>>(p.run.cells, cells.row() * H + unit)",
+        "load_one<Full<T>>(p.run.cells, row_of(p.sequences, t, b) * H + unit)",
         "h came from what the cell made",
         (replace(NORMAL, zoneout=(0, 0.2)),),
     ),
