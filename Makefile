@@ -39,6 +39,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png --check
 	$(BIN)/python benchmarks/table.py benchmarks/results/h200/bench.json --readme docs/h200.md --check
 	$(BIN)/python benchmarks/table.py $(RESULTS)-features.json --readme docs/features.md --check
+	$(BIN)/python benchmarks/table.py benchmarks/results/amd-zen5-2cores.json --readme docs/cpu-performance.md --check
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -38,6 +38,7 @@ def timed(
 def lstm_rows(shape: shapes.Shape, backend: str, budget_s: float) -> list[dict[str, Any]]:
     """Both passes of a shape, after the results have been compared."""
     workload = Workload(shape)
+    torch.compiler.reset()  # all modules of a class share one limit of compilations
     compiled = copy.deepcopy(workload.modules["fastlstm"])
     compiled.compile(backend=backend, fullgraph=True)
     workload.modules["compiled"] = compiled
