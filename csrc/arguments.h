@@ -41,9 +41,9 @@ Arguments parse(const Call& call, bool training);
 
 void check_wanted(const Arguments& a, const Wanted& wanted);
 
-// The rest of lstm_backward's arguments, of which `a` are the first. `saved_type`: of what the backend's
-// forward pass saves, but for cells and rstd, which are in the compute type. Gates (with layer_norm, norms) without
-// rows are to be computed again.
+// The rest of lstm_backward's arguments, of which `a` are the first. `saved_type`: of what the backend's forward pass
+// saves, but for cells and rstd, which are in the compute type. Gates (with layer_norm, norms) without rows are to be
+// computed again.
 void check_backward(const Arguments& a, const Call& call, const BackwardCall& backward, ScalarType saved_type);
 
 // Contiguous and of the given type; the tensor itself where it already is.

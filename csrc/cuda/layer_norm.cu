@@ -18,7 +18,7 @@ namespace fastlstm::cuda {
 namespace {
 
 constexpr int kThreads = 512;  // of a block at most
-constexpr int kMostSums = 6;   // that a block takes: those of normalized_cells_backward
+constexpr int kMostSums = 6;   // values that a block sums: in normalized_cells_backward, three times two
 
 // The sums over a block of what its threads have. Each call has its own place in shared memory, so that one barrier
 // is enough.
@@ -97,6 +97,7 @@ __device__ __forceinline__ void store_one(void* to, int64_t at, typename E::Comp
   const typename E::Compute values[1] = {value};
   store<E>(to, at, values);
 }
+
 // A row of gradients of gain * norm, of all gates, becomes one of gradients of the products that were normalised.
 // `first`: of the row's elements.
 template <class E>
@@ -266,7 +267,8 @@ __global__ void __launch_bounds__(kThreads) activate_normalized(const ActivateNo
 
 // A block for each row, with a thread for each of `width` elements if there can be so many.
 template <class E, class Params>
-cudaError_t launch_rows(void (*kernel)(Params), const Params& params, int64_t rows, int width, cudaStream_t stream) {
+cudaError_t launch_row_blocks(void (*kernel)(Params), const Params& params, int64_t rows, int width,
+                              cudaStream_t stream) {
   if (rows > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   const int threads = std::min(kThreads, ceil_div(width, kWarpThreads) * kWarpThreads);
   const size_t shared_bytes = kMostSums * (threads / kWarpThreads) * sizeof(typename E::Compute);
@@ -276,27 +278,27 @@ cudaError_t launch_rows(void (*kernel)(Params), const Params& params, int64_t ro
 }  // namespace
 
 cudaError_t launch_normalize_rows(Element element, const NormalizeRowsParams& p, cudaStream_t stream) {
-  return with_element(element,
-                      [&]<class E>(E) { return launch_rows<E>(&normalize_rows<E>, p, p.count, p.width, stream); });
+  return with_element(
+      element, [&]<class E>(E) { return launch_row_blocks<E>(&normalize_rows<E>, p, p.count, p.width, stream); });
 }
 cudaError_t launch_normalized_cells_forward(Element element, const NormalizedForwardParams& p, cudaStream_t stream) {
   return with_element(element, [&]<class E>(E) {
-    return launch_rows<E>(&normalized_cells_forward<E>, p, p.sequences.batch, p.hidden, stream);
+    return launch_row_blocks<E>(&normalized_cells_forward<E>, p, p.sequences.batch, p.hidden, stream);
   });
 }
 cudaError_t launch_normalized_cells_backward(Element element, const NormalizedBackwardParams& p, cudaStream_t stream) {
   return with_element(element, [&]<class E>(E) {
-    return launch_rows<E>(&normalized_cells_backward<E>, p, p.sequences.batch, p.hidden, stream);
+    return launch_row_blocks<E>(&normalized_cells_backward<E>, p, p.sequences.batch, p.hidden, stream);
   });
 }
 cudaError_t launch_denormalize_rows(Element element, const DenormalizeRowsParams& p, cudaStream_t stream) {
   const int64_t rows = static_cast<int64_t>(p.sequences.steps) * p.sequences.batch;
   return with_element(element,
-                      [&]<class E>(E) { return launch_rows<E>(&denormalize_rows<E>, p, rows, p.width, stream); });
+                      [&]<class E>(E) { return launch_row_blocks<E>(&denormalize_rows<E>, p, rows, p.width, stream); });
 }
 cudaError_t launch_activate_normalized(Element element, const ActivateNormalizedParams& p, cudaStream_t stream) {
-  return with_element(element,
-                      [&]<class E>(E) { return launch_rows<E>(&activate_normalized<E>, p, p.rows, p.hidden, stream); });
+  return with_element(
+      element, [&]<class E>(E) { return launch_row_blocks<E>(&activate_normalized<E>, p, p.rows, p.hidden, stream); });
 }
 
 }  // namespace fastlstm::cuda

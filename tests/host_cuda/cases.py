@@ -240,8 +240,8 @@ def _expected(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     options = inputs.options
     resets = [options["reset_h"], options["reset_c"]] if case.reset_states else []
     leaves = [t.double().requires_grad_() for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights, *resets)]
-    taken = ("num_layers", "bidirectional", "has_bias", "batch_sizes", "lengths", "reset_mask", "cell_layers")
-    taken += ("layer_norm",)
+    taken = ("num_layers", "bidirectional", "has_bias", "batch_sizes", "lengths", "reset_mask")
+    taken += ("cell_layers", "layer_norm")
     masks = ("dropout_mask", "recurrent_mask")
     outputs = reference.lstm(
         leaves[0],
