@@ -37,7 +37,7 @@ def sources(root: Path) -> list[Path]:
     """What the library is made of: all of csrc/cuda but what needs CUDA itself."""
     cuda = root / "csrc" / "cuda"
     files = [path for path in cuda.iterdir() if path.suffix in (".cpp", ".cu")]
-    needs_cuda = {"runtime.cpp", "probe.cu"}
+    needs_cuda = {"runtime.cpp", "probe.cu", "cuda_ops.cpp"}
     ours = sorted(path for path in files if path.name not in needs_cuda)
     return [root / "tests/host_cuda/emulated_ops.cpp", root / "csrc/arguments.cpp", *ours]
 

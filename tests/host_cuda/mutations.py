@@ -424,7 +424,7 @@ MUTATIONS = [
     # The exchange buffer's contents before the first step.
     Mutation(
         "exchange buffer is not filled",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "check(«cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream)»,",
         "cudaSuccess",
         "states of an earlier launch pass for new ones",
@@ -432,7 +432,7 @@ MUTATIONS = [
     ),
     Mutation(
         "exchange buffer is filled with zeros",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "check(«cudaMemsetAsync(buffer.data_ptr(), 0xff, bytes, stream)»,",
         "cudaMemsetAsync(buffer.data_ptr(), 0, bytes, stream)",
         "zero is tagged as the first step's state",
@@ -654,7 +654,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows that are not aligned count as aligned",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "return «p.H % (16 / storage_bytes(element)) == 0» && begin_aligned",
         "true",
         "loads of 16 bytes need aligned addresses",
@@ -662,7 +662,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tensors that are not aligned count as aligned",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == «0»",
         "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16",
         "loads of 16 bytes need aligned addresses",
@@ -670,7 +670,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows of weights are not padded",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "if («row_stride() == p.H && aligned({&t})») return t;",
         "true",
         "kernels take rows of a multiple of 8",
@@ -759,7 +759,7 @@ MUTATIONS = [
     ),
     Mutation(
         "packed columns are a step too long",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "while («a.offsets[t] - a.offsets[t - 1] <= b») --t;",
         "a.offsets[t] - a.offsets[t - 1] < b",
         "there is no row for it",
@@ -775,7 +775,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two directions at once go the same way",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "BackwardRun run = {};\n  run.reverse = «direction == 1»;",
         "false",
         "the second direction runs backwards in time",
@@ -783,7 +783,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the second direction alone goes forward",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "ForwardRun run = {};\n  run.reverse = «direction == 1»;",
         "false",
         "the second direction runs backwards in time",
@@ -791,7 +791,7 @@ MUTATIONS = [
     ),
     Mutation(
         "waves overlap",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.h",
         "params.first_column = «wave * plan.groups * plan.team.tiles * kColumns»;",
         "wave * plan.team.tiles * kColumns",
         "the last columns are not computed",
@@ -832,7 +832,7 @@ MUTATIONS = [
     ),
     Mutation(
         "inputs of another run",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "«rows.first» * gates_x.stride(0) * gates_x.element_size());",
         "0",
         "gates_x begins with the run's first row",
@@ -888,7 +888,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer does not wait for the one below",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "const int begin = «(front - i) * steps», end = std::min(begin + steps, s.sequences.steps);\n"
         "        const RowRange rows = s.rows_of_steps(d == 1",
         "(front - i) * steps + (i > 0 && front - i + 1 < runs_of_layer) * steps",
@@ -897,7 +897,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a layer gets its gradient from another layer's weights",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "multiply(s.element, d_y, rows.of(above.d_gates[0]), s.weights(«above.index», 0).w_ih);",
         "above.index - 1",
         "it comes through W_ih of the layer above",
@@ -905,7 +905,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients do not go through the dropout between layers",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "«if (s.dropout_mask.defined()) d_y.mul_(rows.of(s.dropout_mask[layers[i].index]));»",
         "",
         "dropped outputs have no gradient",
@@ -1125,7 +1125,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stepwise: several elements at a time where rows do not allow it",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "return «p.H % elements == 0 && p.P % elements == 0» && begin_aligned",
         "true",
         "rows begin at addresses that such loads do not take",
@@ -1182,7 +1182,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the first step has no part in the gradient of reset states",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "if («layer.d_h_0.defined() || layer.d_reset_h.defined()»)",
         "layer.d_h_0.defined()",
         "it may restart",
@@ -1190,7 +1190,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of reset states are added to anything",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "«s.empty_compute({p.layers * p.directions, p.B, features}).zero_()»",
         "s.empty_compute({p.layers * p.directions, p.B, features})",
         "they are sums",
@@ -1230,7 +1230,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the gradient of W_hh takes rows of y that were masked",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "«!s.recurrent_mask.defined()»",
         "true",
         "the product read them with factors",
@@ -1342,7 +1342,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cell states of the wrong layer",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "first_returned = «(l - p.layers + wanted.cell_layers) * p.directions»;",
         "(p.layers - 1 - l) * p.directions",
         "they are in the order of layers",
@@ -1350,7 +1350,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of cell states for the wrong layer",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "first_returned = «(l - p.layers + cell_layers) * p.directions»;",
         "(p.layers - 1 - l) * p.directions",
         "they are in the order of layers",
@@ -1366,7 +1366,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cell states of no step are left as they were",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "«for (Tensor& t : cell_states) t.zero_();»",
         "",
         "they are zero",
@@ -1399,7 +1399,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gates again without h",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "multiply(s.element, products, layer.read_h[d], w.w_hh.t(), «true»);",
         "false",
         "they are those of x and h",
@@ -1407,7 +1407,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gates again of the other direction",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "layer.read_h[d] = read_h(s, layer, «d»);",
         "0",
         "each reads its own h",
@@ -1415,15 +1415,15 @@ MUTATIONS = [
     ),
     Mutation(
         "gates again without dropout",
-        "cuda/cuda_ops.cpp",
-        "const Tensor input = «input_of_layer(s, layer.index, layer.below, {0, p.N})»;\n  for (int64_t d",
+        "cuda/gradients.cpp",
+        "const Tensor input = «s.input_of_layer(layer.index, layer.below, {0, p.N})»;\n  for (int64_t d",
         "layer.below",
         "the layer read dropped outputs",
         (again(DEEP), again(LAYERS[0])),
     ),
     Mutation(
         "groups of the wrong rows",
-        "cuda/cuda_ops.cpp",
+        "cuda/stack.cpp",
         "return «t.view({p.T, groups, rows, features}).transpose(0, 1)».reshape",
         "t.view({groups, p.T, rows, features})",
         "a group has its rows of each step",
@@ -1431,7 +1431,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the gradient of W_hh in one group",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "&& «s.groups == 1») {",
         "true",
         "each group has its own",
@@ -1440,8 +1440,8 @@ MUTATIONS = [
     # Normalised gates.
     Mutation(
         "products with x are not normalised",
-        "cuda/cuda_ops.cpp",
-        "«normalize(s, gates_x, pointer(layer.rstd, state));»",
+        "cuda/forward.cpp",
+        "«s.normalize(gates_x, pointer(layer.rstd, state));»",
         "",
         "gates are made of norms",
         (NORMAL,),
@@ -1568,15 +1568,15 @@ MUTATIONS = [
     ),
     Mutation(
         "gains of padding",
-        "cuda/cuda_ops.cpp",
-        "return s.sum_of_rows(«s.padded()» ? without_padding",
+        "cuda/gradients.cpp",
+        "return s.sum_of_rows(«s.padded()» ? s.without_padding",
         "false",
         "norms of no step are anything, NaN too",
         (PADDED,),
     ),
     Mutation(
         "W_hh gets gradients of pre-activations",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.h",
         "return «d_products_hh[direction].defined()» ? d_products_hh",
         "false",
         "its products were normalised",
@@ -1584,7 +1584,7 @@ MUTATIONS = [
     ),
     Mutation(
         "norms of h are scaled as those of x",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "params.rstd_hh = pointer(layer.rstd, «p.layers * p.directions + state»);",
         "state",
         "each row has its own scale",
@@ -1592,8 +1592,8 @@ MUTATIONS = [
     ),
     Mutation(
         "norms again: of h as those of x",
-        "cuda/cuda_ops.cpp",
-        "normalize(s, layer.norm_hh[d], «layer.rstd_hh[d]».data_ptr());",
+        "cuda/gradients.cpp",
+        "s.normalize(layer.norm_hh[d], «layer.rstd_hh[d]».data_ptr());",
         "layer.rstd_ih[d]",
         "each row has its own scale",
         (again(NORMAL),),
@@ -1657,7 +1657,7 @@ MUTATIONS = [
     ),
     Mutation(
         "streamed: states come from the buffer that is written",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "params.h_before = h[«n % 2»].data_ptr();",
         "(n + 1) % 2",
         "other CTAs still read it",
@@ -1665,7 +1665,7 @@ MUTATIONS = [
     ),
     Mutation(
         "streamed: gradients come from the buffer that is written",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "params.gradients_before = gradients[«(n + 1) % 2»].data_ptr();",
         "n % 2",
         "other CTAs still read it",
@@ -1673,7 +1673,7 @@ MUTATIONS = [
     ),
     Mutation(
         "streamed: no launch for d_h_0",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "launches = «layer.d_h_0.defined()» ? steps + 1 : steps;",
         "false",
         "it is the product of the last step",
@@ -1698,7 +1698,7 @@ MUTATIONS = [
     # The driver.
     Mutation(
         "the biases' gradients are one tensor",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "«needed(2) ? d_bias.clone() : d_bias»;",
         "d_bias",
         "who changes one in place changes the other",
@@ -1706,15 +1706,15 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients do not go through the dropout",
-        "cuda/cuda_ops.cpp",
-        "d_y_of_layer = «input_of_layer(s, lowest.index, d_input, {0, p.N})»;",
+        "cuda/backward.cpp",
+        "d_y_of_layer = «s.input_of_layer(lowest.index, d_input, {0, p.N})»;",
         "d_input",
         "dropped outputs have no gradient",
         (DEEP,),
     ),
     Mutation(
         "outputs of no step are left as they were",
-        "cuda/cuda_ops.cpp",
+        "cuda/forward.cpp",
         "«if (s.padded()) out.zero_();»",
         "",
         "they are zero",
@@ -1722,7 +1722,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients of no step are left as they were",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "«if (t->defined()) t->zero_();»",
         "",
         "the products over all steps take them in",
@@ -1730,15 +1730,15 @@ MUTATIONS = [
     ),
     Mutation(
         "padding reaches the gradient of W_ih",
-        "cuda/cuda_ops.cpp",
-        "«if (s.padded() && layer.index == 0) input = without_padding(s, input);»",
+        "cuda/gradients.cpp",
+        "«if (s.padded() && layer.index == 0) input = s.without_padding(input);»",
         "",
         "0 * NaN",
         (replace(ragged(STEPWISE), nan_at=("x", 2)),),
     ),
     Mutation(
         "the gradient of W_hh takes h_0 for the wrong step",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "d_gates.narrow(0, «reverse ? others : 0», p.B).t(),",
         "0",
         "in reverse, the last step in time reads it",
@@ -1746,7 +1746,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the gradient of W_hh takes y of the wrong steps",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "y.narrow(0, «reverse ? p.B : 0», others)",
         "0",
         "in reverse, a step reads the output of the step after it in time",
@@ -1754,7 +1754,7 @@ MUTATIONS = [
     ),
     Mutation(
         "d_x has the second direction only",
-        "cuda/cuda_ops.cpp",
+        "cuda/backward.cpp",
         "lowest.d_gates[d], s.weights(lowest.index, d).w_ih, «d > 0»);",
         "false",
         "it is the sum of both",
@@ -1762,7 +1762,7 @@ MUTATIONS = [
     ),
     Mutation(
         "W_hr is applied to the rows of another step",
-        "cuda/cuda_ops.cpp",
+        "cuda/gradients.cpp",
         "s.gradient(«layer.d_outputs[d]», layer.hidden_states[d]);",
         "layer.d_outputs[d].roll(1, 0)",
         "a step's gradient belongs to its own hidden state",
