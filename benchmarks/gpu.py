@@ -488,6 +488,7 @@ def run_tiny(device: str) -> bool:
         ({}, {}, 3),
         ({"bidirectional": True}, {}, 3),
         ({"num_layers": 2}, {"layers": 2, "run_steps": 4}, 9),
+        ({"bidirectional": True, "proj_size": 4}, {}, 3),
     ]
     for family, dtype, (kwargs, shape, T) in itertools.product(families, (torch.bfloat16, torch.float32), stacks):
         if shape and family in ("streamed", "stepwise"):

@@ -147,7 +147,7 @@ void set_forced(const Name& plan, const Name& isa, const Name& split, std::optio
     find(cuda_forced.family, cuda::families(), cuda::family_name);
     if (!forced.plan.family && !cuda_forced.family)
       throw std::invalid_argument("plan must be one of 'stepwise', 'packed', 'unpacked' (CPU), 'resident', " +
-                                  ("'persistent', 'streamed' (CUDA), got '" + *plan + "'"));
+                                  ("'persistent', 'warpgroup', 'streamed' (CUDA), got '" + *plan + "'"));
   }
   if (isa) forced.isa = parse_name("isa", *isa, cpu::available_isas(), cpu::isa_name);
   if (split) forced.plan.split = parse_name("split", *split, splits(), split_name);

@@ -166,11 +166,12 @@ def _shapes(quick: bool) -> list[Shape]:
 
 
 def _gpu_shapes(quick: bool) -> list[Shape]:
-    """Hidden sizes that take more and more multiprocessors, none of them a multiple of a tile but the last."""
+    """Hidden sizes that take more and more multiprocessors, of which some are multiples of a tile."""
     shapes = [
         Shape(T=6, B=19, I=24, H=124, state=True),
         Shape(T=5, B=9, I=33, H=300, directions=2, packed=True, state=True),
         Shape(T=7, B=65, I=40, H=512, state=True),
+        Shape(T=6, B=19, I=24, H=128, P=40, layers=2, directions=2, state=True),
     ]
     if not quick:
         shapes += [

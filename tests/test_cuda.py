@@ -317,7 +317,7 @@ def multiprocessors() -> int:
 
 
 def reaches(family: str, precision: str, H: int) -> bool:
-    """Whether a family runs this hidden size, without a projection, on a GPU with enough multiprocessors."""
+    """Whether a family runs this hidden size on a GPU with enough multiprocessors."""
     if family == "stepwise" or precision == "fp64":
         return family == "stepwise"
     if family == "warpgroup" and H % 8 != 0:
@@ -367,6 +367,9 @@ FEATURES = [
         Case(T=8, B=9, I=5, H=H, D=2, lengths=(2, 0, 0, 6, 5, 1, 1, 3, 6), resets=0.4),  # none reaches the end
         Case(T=9, B=13, I=6, H=H, resets=0.3),
         Case(T=6, B=9, I=6, H=H, D=2, lengths=(6, 6, 5, 3, 3, 2, 1, 1, 1), resets=0.3),
+        Case(T=6, B=19, I=6, H=H, P=H // 3, L=2, D=2, dropout=True),
+        Case(T=8, B=9, I=6, H=H, P=H // 4, D=2, lengths=(2, 0, 0, 6, 5, 1, 1, 3, 8), resets=0.3),
+        Case(T=5, B=9, I=6, H=H, P=H - 1, lengths=(5, 5, 4, 3, 3, 1, 1, 1, 1), bias=False),
         *(Case(T=T, B=9, I=6, H=H) for T in (4, 5, 6, 7, 8)),  # whatever is counted modulo something
     )
 ]
@@ -416,6 +419,7 @@ def test_layers_at_the_same_time(family: str, H: int, precision: str) -> None:
     plain = Case(T=13, B=9, I=6, H=H, L=3)
     for case in (
         plain,
+        replace(plain, P=H // 4, resets=0.3),
         replace(plain, resets=0.3, dropout=True),
         replace(plain, lengths=(9, 13, 1, 5, 0, 2, 13, 4, 4)),
     ):
@@ -427,7 +431,6 @@ def test_layers_at_the_same_time(family: str, H: int, precision: str) -> None:
 @pytest.mark.parametrize(
     ("family", "precision", "case"),
     [
-        *((family, "bf16", Case(T=2, B=4, I=6, H=64, P=40)) for family in ("resident", "persistent", "streamed")),
         *((family, "fp64", Case(T=2, B=4, I=6, H=64)) for family in ("resident", "persistent", "streamed")),
         ("resident", "bf16", Case(T=2, B=4, I=6, H=136)),
         ("resident", "fp32", Case(T=2, B=4, I=6, H=72)),
@@ -865,6 +868,7 @@ DETERMINISM = [
     ("streamed", Case(T=12, B=37, I=24, H=300, D=2)),
     ("resident", Case(T=40, B=100, I=24, H=128, D=2)),
     ("resident", Case(T=40, B=1030, I=24, H=64)),
+    ("persistent", Case(T=40, B=17, I=24, H=200, P=48, D=2)),
     ("persistent", Case(T=40, B=64, I=24, H=512)),
     ("persistent", Case(T=20, B=300, I=24, H=256, D=2)),
     ("persistent", Case(T=20, B=17, I=24, H=1024)),
@@ -890,7 +894,7 @@ def poison(byte: int) -> None:
 
 
 @pytest.mark.parametrize("byte", [0xFF, 0x7F, 0x3F, 0x00])
-@pytest.mark.parametrize(("family", "case"), DETERMINISM[:5], ids=str)
+@pytest.mark.parametrize(("family", "case"), DETERMINISM[:6], ids=str)
 def test_nothing_depends_on_what_memory_held(family: str, case: Case, byte: int) -> None:
     lengths = tuple(case.T * b // case.B for b in range(case.B))
     for variant in (case, replace(case, lengths=lengths, resets=0.2)):
@@ -1018,11 +1022,13 @@ def test_1000_replays_of_a_graph(family: str, H: int) -> None:
                 assert wrong.item() == 0, f"{wrong.item()} of {k + 1} replays"
 
 
+@pytest.mark.parametrize("projects", [False, True])
 @pytest.mark.parametrize(("family", "H"), GRAPHS)
-def test_replays_of_a_training_step(family: str, H: int) -> None:
-    ours = FastLSTM(24, H, 2, bidirectional=True, device=DEVICE, dtype=torch.bfloat16)
+def test_replays_of_a_training_step(family: str, H: int, projects: bool) -> None:
+    P = H // 4 if projects else 0
+    ours = FastLSTM(24, H, 2, bidirectional=True, proj_size=P, device=DEVICE, dtype=torch.bfloat16)
     inputs = torch.randn(5, 6, 19, 24, device=DEVICE).bfloat16()
-    d_y = torch.randn(6, 19, 2 * H, device=DEVICE).bfloat16()
+    d_y = torch.randn(6, 19, 2 * (P or H), device=DEVICE).bfloat16()
     x = torch.zeros_like(inputs[0])
 
     def gradients(x: Tensor) -> tuple[Tensor, ...]:
@@ -1118,6 +1124,7 @@ def _peak(module: nn.Module, x: Tensor) -> int:
         ({}, "fp32"),
         ({"num_layers": 2, "bidirectional": True}, "bf16"),
         ({"num_layers": 3}, "fp16"),
+        ({"proj_size": 128}, "bf16"),
     ],
     ids=str,
 )

@@ -17,7 +17,19 @@ from typing import Any
 import pytest
 import torch
 from host_cuda import emulated
-from host_cuda.cases import DEVICES, EXTRAS, LAYOUTS, Case, check, computed, make_inputs, normalised, random_case
+from host_cuda.cases import (
+    DEVICES,
+    EXTRAS,
+    LAYOUTS,
+    Case,
+    check,
+    computed,
+    errors,
+    expected,
+    make_inputs,
+    normalised,
+    random_case,
+)
 from torch import Tensor
 
 FUSED = ["resident", "persistent", "warpgroup"]  # they keep weights in CTAs
@@ -118,6 +130,65 @@ def test_ways_of_backward(kind: str, family: str) -> None:
         check(replace(case, resets=0.2 if L > 1 else 0))
 
 
+@pytest.mark.parametrize(("family", "element"), with_elements(OURS))
+def test_projections(family: str, element: str) -> None:
+    """Folded into the recurrent weights: sequences begin, end and begin anew at different steps, in both directions."""
+    for layout, (L, D), (H, P) in itertools.product(LAYOUTS, [(1, 1), (1, 2), (3, 1)], [(20, 7), (24, 8)]):
+        case = Case(family, element, T=4, B=9, I=2, H=fitting(family, H), P=P, L=L, D=D, h_0_scale=2, **layout)
+        check(case)
+        check(replace(case, resets=0.3, dropout=L > 1, recompute=D > 1, offset=1))
+        check(replace(case, gradients=(False, True, True), needs=(True, True, False), groups=3 if not layout else 1))
+        check(replace(case, gradients=(True, False, False), needs=(True, False, True)))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_projections_of_layers_at_the_same_time(family: str) -> None:
+    for layers, at_once, steps in ((1, 1, 4), (2, 2, 4), (3, 2, 8)):
+        shape = (0, 0, 0, at_once, steps)
+        case = Case(family, "bf16", T=13, B=9, I=2, H=fitting(family, 20), P=7, L=layers)
+        case = replace(case, forward_shape=shape, backward_shape=shape)
+        check(replace(case, resets=0.1, dropout=layers > 1))
+        check(replace(case, D=2 if layers == 1 else 1, lengths=(9, 13, 1, 5, 0, 2, 13, 4, 4)))
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_projections_of_padding(family: str) -> None:
+    """Rows of no step are zeros, whatever the weights are."""
+    case = Case(family, "bf16", T=4, B=9, I=2, H=fitting(family, 20), P=7, L=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4))
+    inputs = make_inputs(case)
+    inputs.weights[4][3, 2] = float("inf")  # W_hr
+    y = computed(case, inputs, backward=False)["y"]
+    for b, length in enumerate(case.lengths or ()):
+        assert y[length:, b].count_nonzero() == 0
+        assert length == 0 or not y[:length, b].isfinite().all()
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+def test_projections_are_as_exact_as_step_by_step(element: str) -> None:
+    """Rounding W_hh W_hr costs what rounding h costs."""
+    case = Case("streamed", element, T=24, B=9, I=8, H=96, P=24)
+    inputs = make_inputs(case)
+    exact = expected(case, inputs)
+    folded, in_steps = (computed(replace(case, family=family), inputs) for family in ("streamed", "stepwise"))
+    for name in exact:
+        assert errors(folded[name], exact[name])[0] < 1.3 * errors(in_steps[name], exact[name])[0], name
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_projections_beyond_the_range_of_float16(family: str) -> None:
+    """Sums of products of weights that overflow meet hidden states that cancel: nn.LSTM has finite numbers there."""
+    case = Case(family, "fp16", T=4, B=9, I=2, H=fitting(family, 20), P=7)
+    inputs = make_inputs(case)
+    inputs.weights[1].fill_(200)
+    inputs.weights[4].fill_(200)
+    inputs.weights[4][:, ::2] = -200
+    exact = computed(replace(case, family="stepwise"), inputs, backward=False)
+    found = computed(case, inputs, backward=False)
+    for name, result in found.items():
+        assert result.isfinite().all(), name
+        assert exact[name].isfinite().all(), name
+
+
 def test_gates_that_are_computed_again_are_not_saved() -> None:
     case = Case("persistent", "bf16", T=3, B=2, I=2, H=16, L=2, recompute=True)
     inputs = make_inputs(case)
@@ -136,11 +207,11 @@ def test_nan_goes_where_it_belongs(family: str, element: str, place: str) -> Non
     # In the reference, gradients of steps that a length cuts off are 0 * NaN if the states are NaN: so not with these.
     ragged = {"batch_sizes": (10, 8, 5, 2)} if place[0] in "hcw" else {"lengths": (4, 2, 0, 4, 1, 3, 4, 4, 3, 2)}
     sequences = [{}, ragged, {"resets": 0.3}]
-    for directions, more in itertools.product([1, 2], sequences):
-        case = Case(
-            family, element, T=4, B=10, I=2, H=fitting(family, 20), D=directions, seed=draw.randrange(2**32), **more
-        )
-        sizes = {"x": 50, "h_0": 200, "c_0": 200, "w_hh": 1600, "d_y": 500 * directions}
+    for directions, P, more in itertools.product([1, 2], [0, 7], sequences):
+        H = fitting(family, 20)
+        case = Case(family, element, T=4, B=10, I=2, H=H, P=P, D=directions, seed=draw.randrange(2**32), **more)
+        sizes = {"x": 50, "h_0": 10 * (P or H), "c_0": 10 * H, "w_hh": 4 * H * (P or H)}
+        sizes["d_y"] = 25 * (P or H) * directions
         check(replace(case, nan_at=(place, draw.randrange(sizes[place]))))
 
 
@@ -426,7 +497,7 @@ def test_empty_batch() -> None:
     [
         (Case("persistent", "fp64", T=2, B=2, I=2, H=16), "float64"),
         (Case("resident", "fp64", T=2, B=2, I=2, H=16), "float64"),
-        (Case("persistent", "bf16", T=2, B=2, I=2, H=16, P=4), "proj_size"),
+        (Case("persistent", "fp64", T=2, B=2, I=2, H=16, P=4), "float64"),
         (Case("streamed", "bf16", T=2, B=2, I=2, H=16, cell_layers=1), "return_cell_states"),
         (Case("resident", "bf16", T=2, B=2, I=2, H=16, zoneout=(0, 0.5), zoneout_masks=False), "zoneout"),
         (Case("streamed", "bf16", T=2, B=2, I=2, H=16, layer_norm=True), "layer_norm"),

@@ -63,7 +63,11 @@ def test_every_plan_fits_the_gpu_and_covers_the_batch(gpu, element):
         ({"H": 768, "B": 64}, "tf32", "warpgroup"),
         ({"H": 768, "B": 64}, "float32", "stepwise"),  # which it does not multiply
         ({"H": 764, "B": 64}, "bfloat16", "persistent"),  # whole octets are all it has
-        ({"H": 512, "B": 16, "P": 64}, "bfloat16", "stepwise"),
+        ({"H": 512, "B": 16, "P": 64}, "bfloat16", "persistent"),
+        ({"H": 512, "B": 64, "P": 128}, "tf32", "warpgroup"),
+        ({"H": 512, "B": 16, "P": 64, "T": 1}, "bfloat16", "stepwise"),  # W_hh W_hr costs more than it saves
+        ({"H": 2048, "B": 256, "P": 512}, "bfloat16", "stepwise"),  # and has four times the columns of W_hh
+        ({"H": 512, "B": 16, "P": 64}, "float64", "stepwise"),
         ({"H": 512, "B": 16}, "float64", "stepwise"),
         ({"H": 2048, "B": 1}, "tf32", "streamed"),
         ({"H": 2048, "B": 16}, "float32", "stepwise"),
@@ -97,6 +101,19 @@ def test_products_of_warpgroups_are_hoppers():
     for gpu in GPUS:
         for pass_ in passes(gpu, "bfloat16", H=1024, B=128).values():
             assert (pass_["family"] == "warpgroup") == (gpu in ("H100", "H200"))
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_a_projection_costs_products_over_all_steps(element):
+    """Folded into the recurrent weights, it leaves steps as they are without it."""
+    for hidden, batch, steps in product((64, 512, 1024), (1, 64), (64, 512)):
+        sizes = {"H": hidden, "B": batch, "T": steps}
+        plain, projected = passes("H200", element, **sizes), passes("H200", element, **sizes, P=hidden // 4)
+        for name in ("forward", "backward"):
+            assert projected[name]["microseconds"] > plain[name]["microseconds"]
+            if plain[name]["family"] != "stepwise":
+                assert projected[name]["family"] == plain[name]["family"]
+                assert projected[name]["microseconds"] < plain[name]["microseconds"] + 500 / steps + 3
 
 
 def test_weights_that_no_l4_can_hold_are_read_step_by_step():
@@ -180,6 +197,8 @@ def test_forced_families_and_shapes():
     with fastlstm.force(plan="persistent", octets=2, tiles=1, layers=2, run_steps=3):
         words = "persistent (10 teams of 4 CTAs, 8 rows each, 2 layers at a time, 4 steps apart)"
         assert plan(L=2).forward_layout == words
+    with fastlstm.force(plan="resident"):
+        assert plan(P=8).forward_layout == "resident (5 CTAs, 8 rows each, projection in the recurrent weights)"
     with fastlstm.force(plan="resident", run_steps=8):
         assert plan().forward_layout == "resident (5 CTAs, 8 rows each, 8 steps per launch)"
     with fastlstm.force(plan="packed"):  # a family of the CPU
@@ -193,7 +212,6 @@ def test_forced_families_and_shapes():
     [
         ("persistent", {"H": 5000}, torch.bfloat16, "'persistent' cannot hold weights of hidden_size 5000"),
         ("resident", {"H": 256}, torch.bfloat16, "'resident' cannot hold weights of hidden_size 256"),
-        ("persistent", {"H": 64, "P": 8}, torch.bfloat16, "'persistent' does not support proj_size > 0"),
         ("streamed", {"H": 64, "step_extras": True}, torch.bfloat16, "'streamed' does not support reset_hx, recurrent"),
         ("persistent", {"H": 64, "layer_norm": True}, torch.bfloat16, "'persistent' does not support layer_norm"),
         ("persistent", {"H": 64}, torch.float64, "'persistent' multiplies on tensor cores.* float64"),

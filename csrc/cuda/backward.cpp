@@ -23,12 +23,16 @@ BackwardRun run_of(const Stack& s, const LayerBackward& layer, int64_t direction
   run.gates = pointer(layer.gates[direction]);
   run.cells = part(layer.cells);
   run.c_0 = part(s.c_0);
-  if (layer.d_y.defined()) run.d_y = s.of_direction(layer.d_y, direction).data_ptr();
-  run.d_h_n = part(layer.d_h_n);
   run.d_c_n = part(layer.d_c_n);
   run.d_gates = pointer(layer.d_gates[direction]);
-  run.d_h_0 = part(layer.d_h_0);
   run.d_c_0 = part(layer.d_c_0);
+  if (layer.d_hidden[direction].defined()) {
+    run.d_y = layer.d_hidden[direction].data_ptr();
+    return run;
+  }
+  if (layer.d_y.defined()) run.d_y = s.of_direction(layer.d_y, direction).data_ptr();
+  run.d_h_n = part(layer.d_h_n);
+  run.d_h_0 = part(layer.d_h_0);
   return run;
 }
 
@@ -39,8 +43,9 @@ Params step_params(const Stack& s, const LayerBackward& layer, int64_t direction
   Params params = {};
   params.sequences = s.sequences;
   params.hidden = static_cast<int>(s.p.H);
-  params.outputs = static_cast<int>(s.p.output_size());
-  params.y_stride = s.width();
+  const bool folded = layer.d_hidden[direction].defined();
+  params.outputs = static_cast<int>(folded ? s.p.H : s.p.output_size());
+  params.y_stride = folded ? s.p.H : s.width();
   params.vectors = s.vectors(
       {&layer.gates[direction], &layer.cells, &s.c_0, &layer.d_y, &layer.d_h_n, &layer.d_c_n, &s.recurrent_mask});
   params.run = run_of(s, layer, direction, w_hh);
@@ -103,17 +108,17 @@ void streamed_backward(const Stack& s, const LayerBackward& layer, int64_t direc
   const Problem& p = s.p;
   const Tensor d_h = s.empty_compute({p.B, p.H}), d_c = s.empty_compute({p.B, p.H});
   const Tensor transposed = at::zeros({p.H, s.row_stride(), kGates}, s.options);
-  transposed.narrow(1, 0, p.H).copy_(
-      s.weights(layer.index, direction).w_hh.view({kGates, p.H, p.H}).permute({2, 1, 0}));
+  transposed.narrow(1, 0, p.H).copy_(layer.w_hh[direction].view({kGates, p.H, p.H}).permute({2, 1, 0}));
   const Tensor gradients[2] = {at::zeros({p.B, s.row_stride() * kGates}, s.options),
                                at::zeros({p.B, s.row_stride() * kGates}, s.options)};
   auto params = step_params<StreamedBackwardParams>(s, layer, direction, Tensor(), d_h, d_c);
   params.variant = {plan.team.octets, plan.team.tiles};
   params.row_stride = s.row_stride() * kGates;
   params.transposed_w_hh = transposed.data_ptr();
+  if (p.P > 0) gradients_of_hidden_states(s, layer, direction, 0, s.sequences.steps);
   check(launch_states_backward(s.element, params, s.stream), "a backward pass");
-  // After the last step, its product gives d_h_0.
-  const int steps = s.sequences.steps, launches = layer.d_h_0.defined() ? steps + 1 : steps;
+  // After the last step, its product gives d_h_0, with d_c_0.
+  const int steps = s.sequences.steps, launches = layer.d_c_0.defined() ? steps + 1 : steps;
   for (int n = 0; n < launches; ++n) {
     params.n = n;
     params.gradients_before = gradients[(n + 1) % 2].data_ptr();
@@ -134,8 +139,9 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
   bool aligned = true;
   for (const LayerBackward& layer : layers) {
     for (int64_t d = 0; d < directions; ++d) {
-      aligned = aligned && s.aligned({&layer.gates[d], &layer.cells, &layer.d_y});
-      Direction of = {s.factor_rows(s.weights(layer.index, d).w_hh), {}, {}};
+      const Tensor& d_y = s.p.P > 0 ? layer.d_hidden[d] : layer.d_y;
+      aligned = aligned && s.aligned({&layer.gates[d], &layer.cells, &d_y});
+      Direction of = {s.factor_rows(layer.w_hh[d]), {}, {}};
       if (runs_of_layer > 1) of.carried_d_h = s.carried_state(), of.carried_d_c = s.carried_state();
       all.push_back(std::move(of));
     }
@@ -152,6 +158,7 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
           multiply(s.element, d_y, rows.of(above.d_gates[0]), s.weights(above.index, 0).w_ih);
           if (s.dropout_mask.defined()) d_y.mul_(rows.of(s.dropout_mask[layers[i].index]));
         }
+        if (s.p.P > 0) gradients_of_hidden_states(s, layers[i], d, begin, end);
         const Direction& of = all[i * directions + d];
         BackwardRun run = run_of(s, layers[i], d, of.w_hh);
         run.begin = begin;
@@ -197,6 +204,7 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
   }
   const Stack s(a, call, backward.groups);
   const PassPlan plan = plan_backward(p, s.element, s.limits, s.constraints);
+  const bool folds = folds_projection(p, plan);
   const Tensor d_h_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.output_size()}) : Tensor(),
                d_c_0 = needs[1] ? s.empty({p.layers * p.directions, p.B, p.H}) : Tensor();
   const Tensor initial_d_h = s.states(backward.d_h_n), initial_d_c = s.states(backward.d_c_n);
@@ -210,7 +218,7 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
   Tensor d_x = nothing;
   Tensor d_y_of_layer = backward.d_y ? s.rows(*backward.d_y) : Tensor();
   // This family has no other way to load; what else it reads is our own.
-  if (plan.family == Family::kWarpgroup && !s.aligned({&d_y_of_layer})) d_y_of_layer = d_y_of_layer.clone();
+  if (plan.family == Family::kWarpgroup && !folds && !s.aligned({&d_y_of_layer})) d_y_of_layer = d_y_of_layer.clone();
   for (int64_t first = p.layers - 1; first >= 0; first -= plan.layers) {
     std::vector<LayerBackward> layers;
     for (int64_t l = first; l > std::max<int64_t>(first - plan.layers, -1); --l) {
@@ -231,7 +239,11 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
       find_gates(s, layer, saved);
       for (int64_t d = 0; d < p.directions; ++d) {
         layer.d_gates[d] = s.empty({p.N, kGates * p.H});
-        if (p.P > 0) layer.d_outputs[d] = s.empty({p.N, p.P}), layer.hidden_states[d] = s.empty({p.N, p.H});
+        layer.w_hh[d] = folds ? s.folded_weights(s.weights(l, d)) : s.weights(l, d).w_hh;
+        if (p.P > 0) {
+          layer.d_outputs[d] = s.empty({p.N, p.P});
+          (folds ? layer.d_hidden : layer.hidden_states)[d] = s.empty({p.N, p.H});
+        }
         if (p.layer_norm) {
           layer.d_products_hh[d] = s.empty({p.N, kGates * p.H});
           layer.norm_c[d] = s.empty({p.N, p.H}), layer.d_norm_c[d] = s.empty({p.N, p.H});
@@ -248,7 +260,8 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
       if (plan.family == Family::kStreamed) streamed_backward(s, layers[0], d, plan);
       if (plan.family == Family::kStepwise) stepwise_backward(s, layers[0], d);
     }
-    for (const LayerBackward& layer : layers) {
+    for (LayerBackward& layer : layers) {
+      if (folds) gradients_of_outputs(s, layer, needs);
       gradients_of_recurrence(s, layer, call.has_bias, needs, d_weights);
       if (p.layer_norm) denormalize_products_of_input(s, layer);
       gradients_of_w_ih(s, layer, needs, d_weights);

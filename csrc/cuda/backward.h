@@ -20,6 +20,8 @@ struct LayerBackward {
   Tensor d_gates[kDirections];        // [N, 4H]
   Tensor d_outputs[kDirections];      // [N, P] and
   Tensor hidden_states[kDirections];  // [N, H], the factors of the gradient of W_hr
+  Tensor w_hh[kDirections];           // [4H, P], or with the projection folded into them [4H, H], and then
+  Tensor d_hidden[kDirections];       // [N, H], of hidden states, through their projections; otherwise undefined
   // With layer normalisation: [N, 4H] and [N], as in LayerForward; [N, H], of cell states, and the gradients of what
   // tanh is taken of; [N, 4H], the gradients of W_hh h.
   Tensor norm_ih[kDirections], norm_hh[kDirections], rstd_ih[kDirections], rstd_hh[kDirections];
@@ -33,6 +35,11 @@ struct LayerBackward {
 
 // Finds what a backward pass reads of a layer's gates: kept, or computed again.
 void find_gates(const Stack& s, LayerBackward& layer, at::TensorList saved);
+
+// With the projection folded into the recurrent weights: before the recurrence of the steps begin <= n < end, d_hidden;
+// after that of all, d_h_0, and the whole d_outputs and hidden_states if W_hr needs a gradient.
+void gradients_of_hidden_states(const Stack& s, const LayerBackward& layer, int64_t direction, int begin, int end);
+void gradients_of_outputs(const Stack& s, LayerBackward& layer, at::IntArrayRef needs);
 
 // Gradients of weights go into their places in d_weights, if they are needed: those of all but W_ih.
 void gradients_of_recurrence(const Stack& s, const LayerBackward& layer, bool has_bias, at::IntArrayRef needs,

@@ -34,24 +34,92 @@ Tensor gates_of_input(const Stack& s, const LayerForward& layer, int64_t directi
   return result;
 }
 
-// All steps of a direction. gates_x has these rows.
-ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x,
-                  const RowRange& rows, const Tensor& w_hh, const Tensor& h_0) {
+// What the recurrence of a direction multiplies and reads as h, and what it puts out. That is the layer's; or, with the
+// projection folded into the recurrent weights, h before it.
+struct Recurrence {
+  Tensor w_hh, h_0;      // [4H, P], [B, P]
+  Tensor h_n;            // [B, P]
+  Tensor first_product;  // [B, 4H], what is W_hh h_0 though h_0 is zero; undefined without a folded projection
+};
+
+Recurrence recurrence_of(const Stack& s, const LayerForward& layer, int64_t direction, bool folds) {
+  const int64_t state = layer.index * s.p.directions + direction;
+  const Weights& w = s.weights(layer.index, direction);
+  const Tensor h_0 = s.h_0[state];
+  if (!folds) return {w.w_hh, h_0, layer.h_n[state], {}};
+  const Tensor zeros = at::zeros({s.p.B, s.p.H}, s.options);
+  return {s.folded_weights(w), zeros, s.empty({s.p.B, s.p.H}), s.product(h_0, w.w_hh.t())};
+}
+
+// Of steps of a direction: what goes into the recurrence, and what comes out.
+struct StepsForward {
+  RowRange rows;
+  int begin, end;  // in time
+  Tensor gates_x;  // [rows, 4H]
+  Tensor y;        // [rows, P], a part of the layer's, or [rows, H], hidden states
+};
+
+StepsForward steps_of(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& input,
+                      const Recurrence& recurrence, int begin, int end) {
+  const bool reverse = direction == 1;
+  const RowRange rows = s.rows_of_steps(reverse, begin, end);
+  StepsForward steps = {rows,
+                        reverse ? s.sequences.steps - end : begin,
+                        reverse ? s.sequences.steps - begin : end,
+                        gates_of_input(s, layer, direction, input, rows),
+                        {}};
+  if (!recurrence.first_product.defined()) {
+    steps.y = rows.of(s.of_direction(layer.y, direction));
+    return steps;
+  }
+  steps.y = s.padded() ? at::zeros({rows.count, s.p.H}, s.options) : s.empty({rows.count, s.p.H});
+  const FirstProductsParams params = {s.sequences,
+                                      reverse,
+                                      s.vectors({&steps.gates_x}),
+                                      steps.begin,
+                                      steps.end,
+                                      static_cast<int>(kGates * s.p.H),
+                                      recurrence.first_product.data_ptr(),
+                                      as_of_first_row(steps.gates_x, rows)};
+  check(launch_add_first_products(s.element, params, s.stream), "a forward pass");
+  return steps;
+}
+
+// What follows the recurrence of steps.
+void project(const Stack& s, const LayerForward& layer, int64_t direction, const Recurrence& recurrence,
+             const StepsForward& steps) {
+  if (!recurrence.first_product.defined()) return;
+  const Tensor y = steps.rows.of(s.of_direction(layer.y, direction));
+  multiply(s.element, y, steps.y, s.weights(layer.index, direction).w_hr.t());
+}
+
+// What follows the last steps.
+void put_final_outputs(const Stack& s, const LayerForward& layer, int64_t direction, const Recurrence& recurrence) {
+  if (!recurrence.first_product.defined()) return;
+  const int64_t state = layer.index * s.p.directions + direction;
+  const Tensor y = s.of_direction(layer.y, direction), h_0 = s.h_0[state], h_n = layer.h_n[state];
+  const FinalOutputsParams params = {
+      s.sequences,    direction == 1, s.vectors({&y, &h_0, &h_n}), static_cast<int>(s.p.P), s.width(), y.data_ptr(),
+      h_0.data_ptr(), h_n.data_ptr()};
+  check(launch_final_outputs(s.element, params, s.stream), "a forward pass");
+}
+
+ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, const Recurrence& recurrence,
+                  const StepsForward& steps) {
   const int64_t state = layer.index * s.p.directions + direction;
   const Weights& w = s.weights(layer.index, direction);
   const auto part = [&](const Tensor& t) { return pointer(t, state); };
   ForwardRun run = {};
   run.reverse = direction == 1;
   run.end = s.sequences.steps;
-  run.gates_x = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(gates_x.data_ptr()) -
-                                              rows.first * gates_x.stride(0) * gates_x.element_size());
-  run.w_hh = pointer(w_hh);
+  run.gates_x = as_of_first_row(steps.gates_x, steps.rows);
+  run.w_hh = pointer(recurrence.w_hh);
   run.b_ih = pointer(w.b_ih);
   run.b_hh = pointer(w.b_hh);
-  run.h_0 = pointer(h_0);
+  run.h_0 = pointer(recurrence.h_0);
   run.c_0 = part(s.c_0);
-  run.y = s.of_direction(layer.y, direction).data_ptr();
-  run.h_n = part(layer.h_n);
+  run.y = as_of_first_row(steps.y, steps.rows);
+  run.h_n = pointer(recurrence.h_n);
   run.c_n = part(layer.c_n);
   run.gates = part(layer.gates);
   run.cells = part(layer.cells);
@@ -60,18 +128,17 @@ ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, 
 
 // What launches for single steps have in common. The states between steps: h, as factors, and c.
 template <class Params>
-Params step_params(const Stack& s, const LayerForward& layer, int64_t direction, const Tensor& gates_x,
-                   const Tensor& w_hh, const Tensor& h, const Tensor& c) {
+Params step_params(const Stack& s, const LayerForward& layer, int64_t direction, const Recurrence& recurrence,
+                   const StepsForward& steps, const Tensor& h, const Tensor& c) {
   const Weights& w = s.weights(layer.index, direction);
-  const Tensor h_0 = s.h_0[layer.index * s.p.directions + direction];
   Params params = {};
   params.sequences = s.sequences;
   params.hidden = static_cast<int>(s.p.H);
-  params.outputs = static_cast<int>(s.p.output_size());
-  params.y_stride = s.width();
-  params.vectors = s.vectors(
-      {&gates_x, &w.b_ih, &w.b_hh, &s.h_0, &s.c_0, &layer.y, &layer.h_n, &layer.c_n, &s.reset_h, &s.recurrent_mask});
-  params.run = run_of(s, layer, direction, gates_x, {0, s.p.N}, w_hh, h_0);
+  params.outputs = static_cast<int>(steps.y.size(1));
+  params.y_stride = steps.y.stride(0);
+  params.vectors = s.vectors({&steps.gates_x, &w.b_ih, &w.b_hh, &recurrence.h_0, &s.c_0, &steps.y, &recurrence.h_n,
+                              &layer.c_n, &s.reset_h, &s.recurrent_mask});
+  params.run = run_of(s, layer, direction, recurrence, steps);
   params.h = h.data_ptr();
   params.h_stride = static_cast<int>(h.size(1));
   params.c = c.data_ptr();
@@ -82,10 +149,12 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   const Problem& p = s.p;
   const Weights& w = s.weights(layer.index, direction);
   const Tensor product = s.empty({p.B, kGates * p.H}), h = s.empty({p.B, p.output_size()});
-  const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N});
+  const Tensor c = s.empty_compute({p.B, p.H});
+  const Recurrence recurrence = recurrence_of(s, layer, direction, false);
+  const StepsForward steps = steps_of(s, layer, direction, input, recurrence, 0, s.sequences.steps);
   const int64_t state = layer.index * p.directions + direction;
   Tensor hidden_state, projected, kept_h, between;
-  auto params = step_params<NormalizedForwardParams>(s, layer, direction, gates_x, w.w_hh, h, c);
+  auto params = step_params<NormalizedForwardParams>(s, layer, direction, recurrence, steps, h, c);
   params.product = product.data_ptr();
   params.has_extras = p.step_extras;
   params.extras = s.extras(state);
@@ -93,7 +162,7 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   params.kept_h = pointer(kept_h);
   params.cell_states = pointer(layer.cell_states, direction);
   if (p.layer_norm) {
-    s.normalize(gates_x, pointer(layer.rstd, state));
+    s.normalize(steps.gates_x, pointer(layer.rstd, state));
     params.norm = s.norm_weights(w);
     params.norm_hh = pointer(layer.norm_hh, state);
     params.rstd_hh = pointer(layer.rstd, p.layers * p.directions + state);
@@ -126,9 +195,11 @@ void streamed_forward(const Stack& s, const LayerForward& layer, int64_t directi
   const int bytes = storage_bytes(s.element),
             stride = forward_blocks(static_cast<int>(p.H), bytes) * kBlockBytes / bytes;
   const Tensor h[2] = {at::zeros({p.B, stride}, s.options), at::zeros({p.B, stride}, s.options)};
-  const Tensor c = s.empty_compute({p.B, p.H}), gates_x = gates_of_input(s, layer, direction, input, {0, p.N}),
-               w_hh = s.factor_rows(s.weights(layer.index, direction).w_hh);
-  auto params = step_params<StreamedForwardParams>(s, layer, direction, gates_x, w_hh, h[0], c);
+  const Tensor c = s.empty_compute({p.B, p.H});
+  Recurrence recurrence = recurrence_of(s, layer, direction, folds_projection(p, plan));
+  recurrence.w_hh = s.factor_rows(recurrence.w_hh);
+  const StepsForward steps = steps_of(s, layer, direction, input, recurrence, 0, s.sequences.steps);
+  auto params = step_params<StreamedForwardParams>(s, layer, direction, recurrence, steps, h[0], c);
   params.variant = {plan.team.octets, plan.team.tiles};
   params.row_stride = s.row_stride();
   check(launch_states_forward(s.element, params, s.stream), "a forward pass");
@@ -138,6 +209,8 @@ void streamed_forward(const Stack& s, const LayerForward& layer, int64_t directi
     params.h = h[(n + 1) % 2].data_ptr();
     check(launch_streamed_forward(s.element, params, s.stream), "a forward step");
   }
+  project(s, layer, direction, recurrence, steps);
+  put_final_outputs(s, layer, direction, recurrence);
 }
 
 // By a family that keeps the weights in CTAs: layers from the lowest on, each a run behind the one that it reads.
@@ -147,31 +220,36 @@ void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, cons
   const int count = static_cast<int>(layers.size()), steps = run_steps(plan, count, s.p.T),
             runs_of_layer = ceil_div(s.sequences.steps, steps);
   struct Direction {
-    Tensor w_hh, h_0, carried_h, carried_c;
+    const LayerForward& layer;
+    int64_t direction;
+    Recurrence recurrence;
+    Tensor carried_h, carried_c;
   };
   std::vector<Direction> all;
   for (const LayerForward& layer : layers)
     for (int64_t d = 0; d < directions; ++d) {
-      Direction of = {
-          s.factor_rows(s.weights(layer.index, d).w_hh), s.factor_rows(s.h_0[layer.index * directions + d]), {}, {}};
+      Direction of = {layer, d, recurrence_of(s, layer, d, folds_projection(s.p, plan)), {}, {}};
+      of.recurrence.w_hh = s.factor_rows(of.recurrence.w_hh);
+      of.recurrence.h_0 = s.factor_rows(of.recurrence.h_0);
       if (runs_of_layer > 1) of.carried_h = s.carried_factor(), of.carried_c = s.carried_state();
       all.push_back(std::move(of));
     }
   // The others read what is yet to be computed.
   const Tensor lowest_input = s.input_of_layer(layers[0].index, layers[0].below, {0, s.p.N});
   for (int front = 0; front < runs_of_layer + count - 1; ++front) {
+    const int first = std::max(0, front - runs_of_layer + 1), last = std::min(front, count - 1);
     std::vector<ForwardRun> runs;
-    std::vector<Tensor> gates_x;
+    std::vector<StepsForward> steps_of_runs;
     bool aligned = true;
-    for (int i = std::max(0, front - runs_of_layer + 1); i <= std::min(front, count - 1); ++i)
+    for (int i = first; i <= last; ++i)
       for (int64_t d = 0; d < directions; ++d) {
         const int begin = (front - i) * steps, end = std::min(begin + steps, s.sequences.steps);
         const RowRange rows = s.rows_of_steps(d == 1, begin, end);
         const Tensor input = i == 0 ? rows.of(lowest_input) : s.input_of_layer(layers[i].index, layers[i].below, rows);
-        gates_x.push_back(gates_of_input(s, layers[i], d, input, rows));
-        aligned = aligned && s.aligned({&gates_x.back()});
         const Direction& of = all[i * directions + d];
-        ForwardRun run = run_of(s, layers[i], d, gates_x.back(), rows, of.w_hh, of.h_0);
+        steps_of_runs.push_back(steps_of(s, layers[i], d, input, of.recurrence, begin, end));
+        aligned = aligned && s.aligned({&steps_of_runs.back().gates_x});
+        ForwardRun run = run_of(s, layers[i], d, of.recurrence, steps_of_runs.back());
         run.begin = begin;
         run.end = end;
         run.carried_h = pointer(of.carried_h);
@@ -184,7 +262,12 @@ void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, cons
                                                               : launch_persistent_forward;
       check(launch(s.element, params, s.stream), "a forward pass");
     });
+    for (size_t i = 0; i < runs.size(); ++i) {
+      const Direction& of = all[first * directions + i];
+      project(s, of.layer, of.direction, of.recurrence, steps_of_runs[i]);
+    }
   }
+  for (const Direction& of : all) put_final_outputs(s, of.layer, of.direction, of.recurrence);
 }
 
 }  // namespace

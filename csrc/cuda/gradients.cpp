@@ -102,6 +102,55 @@ void find_gates(const Stack& s, LayerBackward& layer, at::TensorList saved) {
   }
 }
 
+void gradients_of_hidden_states(const Stack& s, const LayerBackward& layer, int64_t direction, int begin, int end) {
+  const bool reverse = direction == 1;
+  const int64_t state = layer.index * s.p.directions + direction;
+  const Tensor d_y = layer.d_y.defined() ? s.of_direction(layer.d_y, direction) : Tensor();
+  const Tensor& d_outputs = layer.d_outputs[direction];
+  GivenGradientsParams params = {};
+  params.sequences = s.sequences;
+  params.reverse = reverse;
+  params.vectors = s.vectors({&d_y, &layer.d_h_n});
+  params.begin = reverse ? begin : s.sequences.steps - end;
+  params.end = reverse ? end : s.sequences.steps - begin;
+  params.outputs = static_cast<int>(s.p.P);
+  params.y_stride = s.width();
+  params.d_y = pointer(d_y);
+  params.d_h_n = pointer(layer.d_h_n, state);
+  params.d_outputs = d_outputs.data_ptr();
+  check(launch_given_gradients(s.element, params, s.stream), "a backward pass");
+  const RowRange rows = s.rows_of_steps(!reverse, begin, end);
+  multiply(s.element, rows.of(layer.d_hidden[direction]), rows.of(d_outputs), s.weights(layer.index, direction).w_hr);
+}
+
+void gradients_of_outputs(const Stack& s, LayerBackward& layer, at::IntArrayRef needs) {
+  for (int64_t d = 0; d < s.p.directions; ++d) {
+    const bool needs_w_hr = needs[2 + s.first_weight(layer.index, d) + s.a.plain_weights() - 1] != 0;
+    if (!needs_w_hr && !layer.d_h_0.defined()) continue;
+    const int64_t state = layer.index * s.p.directions + d;
+    const Tensor products = s.product(layer.d_gates[d], s.weights(layer.index, d).w_hh);
+    CarriedGradientsParams carried = {};
+    carried.sequences = s.sequences;
+    carried.reverse = d == 1;
+    carried.vectors = s.vectors({&layer.d_h_n, &layer.d_h_0});
+    carried.outputs = static_cast<int>(s.p.P);
+    carried.products = products.data_ptr();
+    carried.d_h_n = pointer(layer.d_h_n, state);
+    carried.d_outputs = layer.d_outputs[d].data_ptr();
+    carried.d_h_0 = pointer(layer.d_h_0, state);
+    check(launch_carried_gradients(s.element, carried, s.stream), "a backward pass");
+    if (!needs_w_hr) continue;
+    layer.hidden_states[d] = layer.d_hidden[d];  // which the recurrence has read
+    const HiddenStatesParams hidden = {s.sequences,
+                                       s.vectors({&layer.gates[d], &layer.cells}),
+                                       static_cast<int>(s.p.H),
+                                       layer.gates[d].data_ptr(),
+                                       pointer(layer.cells, state),
+                                       layer.hidden_states[d].data_ptr()};
+    check(launch_hidden_states(s.element, hidden, s.stream), "a backward pass");
+  }
+}
+
 void gradients_of_recurrence(const Stack& s, const LayerBackward& layer, bool has_bias, at::IntArrayRef needs,
                              std::vector<Tensor>& d_weights) {
   for (int64_t d = 0; d < s.p.directions; ++d) {

@@ -54,6 +54,13 @@ cudaError_t launch_normalize_rows(Element element, const NormalizeRowsParams& pa
 cudaError_t launch_denormalize_rows(Element element, const DenormalizeRowsParams& params, cudaStream_t stream);
 cudaError_t launch_activate_normalized(Element element, const ActivateNormalizedParams& params, cudaStream_t stream);
 
+// Around a recurrence that has folded the projection into its weights.
+cudaError_t launch_add_first_products(Element element, const FirstProductsParams& params, cudaStream_t stream);
+cudaError_t launch_final_outputs(Element element, const FinalOutputsParams& params, cudaStream_t stream);
+cudaError_t launch_given_gradients(Element element, const GivenGradientsParams& params, cudaStream_t stream);
+cudaError_t launch_carried_gradients(Element element, const CarriedGradientsParams& params, cudaStream_t stream);
+cudaError_t launch_hidden_states(Element element, const HiddenStatesParams& params, cudaStream_t stream);
+
 // What all steps read as h, and their gates, for backward passes of any family.
 cudaError_t launch_previous_outputs(Element element, const PreviousOutputsParams& params, cudaStream_t stream);
 cudaError_t launch_activate_gates(Element element, const ActivateGatesParams& params, cudaStream_t stream);

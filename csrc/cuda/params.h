@@ -201,6 +201,62 @@ struct ActivateGatesParams {
   void* gates;              // S [N, 4H]
 };
 
+// Around a recurrence that multiplies W_hh W_hr, where W_hr is the layer's projection, and has h before it: `hidden`
+// states, of which y are the projections. Of one direction of a layer; begin and end are steps in time.
+// W_hh h_0, which is no such product, into the gates of the step that reads h_0.
+struct FirstProductsParams {
+  Sequences sequences;
+  bool reverse, vectors;
+  int begin, end;        // gates_x has rows of these steps only
+  int width;             // 4H
+  const void* products;  // S [B, 4H]
+  void* gates_x;         // S [N, 4H]
+};
+
+// h_n: what the last step put out, or h_0 if there was none.
+struct FinalOutputsParams {
+  Sequences sequences;
+  bool reverse, vectors;
+  int outputs;  // P
+  int64_t y_stride;
+  const void* y;    // S [N, y_stride], from the direction's first column on
+  const void* h_0;  // S [B, P]
+  void* h_n;        // S [B, P]
+};
+
+// Of gradients of outputs, what comes from outside: d_y and d_h_n.
+struct GivenGradientsParams {
+  Sequences sequences;
+  bool reverse, vectors;
+  int begin, end;
+  int outputs;
+  int64_t y_stride;
+  const void* d_y;    // S [N, y_stride], or null: zero
+  const void* d_h_n;  // S [B, P], or null: zero
+  void* d_outputs;    // S [N, P]
+};
+
+// Adds what comes from the steps that read the outputs, and makes d_h_0.
+struct CarriedGradientsParams {
+  Sequences sequences;
+  bool reverse, vectors;
+  int outputs;
+  const void* products;  // S [N, P]: W_hh^T d_gates
+  const void* d_h_n;     // S [B, P], or null: zero
+  void* d_outputs;       // S [N, P]
+  void* d_h_0;           // S [B, P], or null: not needed
+};
+
+// Hidden states of what forward saved.
+struct HiddenStatesParams {
+  Sequences sequences;
+  bool vectors;
+  int hidden;
+  const void* gates;    // S [N, 4H]: activations
+  const void* cells;    // [N, H] in the compute type
+  void* hidden_states;  // S [N, H]; zero where the column does not have the step
+};
+
 // One step by the streamed family, which takes the product itself, and no projection. Rows that are factors are zero
 // behind what they hold and aligned to 16 bytes.
 struct StreamedForwardParams : StepForwardParams {

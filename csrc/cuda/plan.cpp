@@ -46,6 +46,7 @@ constexpr double kLibraryStep = 16;   // microseconds of a step whose product is
 constexpr double kLibraryRate = 0.9;
 constexpr double kMemoryBytes = 3e6;  // bytes per microsecond of device memory
 constexpr double kStepLaunch = 3;     // microseconds from the end of a step's kernel to the next one's start
+constexpr double kFoldingProducts = 3, kFoldingKernels = 3;        // that a pass with a folded projection has besides
 constexpr double kForwardLatency = 2900, kBackwardLatency = 6500;  // of a kernel for one step
 // What loading the factors of such a step takes, of what it would at kL2Bytes: if all CTAs run at once, and if not.
 constexpr double kStreamedLoad = 1.8, kStreamedTurns = 2.7;
@@ -82,27 +83,44 @@ double warpgroup_step_cycles(const cost::WarpgroupStep& step, const TeamShape& t
          step.load_kb * load_kb + step.round * (ceil_div(team.blocks, kernel.round_blocks) - 1);
 }
 
-// Microseconds to read the recurrent weights anew in each step, if L2 does not hold them with what else a step takes.
-double weights_from_memory(const Problem& p, Element e, const Device& d) {
-  const double bytes = static_cast<double>(4 * p.H * p.output_size()) * storage_bytes(e);
+// Microseconds to read the recurrent weights anew in each step, of so many columns, if L2 does not hold them with what
+// else a step takes.
+double weights_from_memory(const Problem& p, int64_t columns, Element e, const Device& d) {
+  const double bytes = static_cast<double>(4 * p.H * columns) * storage_bytes(e);
   return bytes > 0.7 * static_cast<double>(d.l2_bytes) ? bytes / cost::kMemoryBytes : 0;
+}
+
+// Of a library's product, per microsecond.
+double multiply_adds(Element e, const Device& d) {
+  const int of_sm = e == Element::kFp64 ? 64 : e == Element::kFp32 ? 128 : e == Element::kTf32 ? 512 : 1024;
+  return d.sms * d.gigahertz * 1e3 * of_sm * cost::kLibraryRate;
+}
+
+double average_rows(const Problem& p) {
+  return static_cast<double>(p.N) / static_cast<double>(std::max<int64_t>(p.T, 1));
 }
 
 // Microseconds per step of the stepwise family.
 double stepwise_microseconds(const Problem& p, Element e, const Device& d) {
-  const double rows = static_cast<double>(p.N) / static_cast<double>(std::max<int64_t>(p.T, 1));
+  const double rows = average_rows(p);
   const auto H = static_cast<double>(p.H), out = static_cast<double>(p.output_size());
-  const double multiply_adds = rows * (4 * H * out + (p.P > 0 ? H * out : 0));
-  const double peak = d.sms * d.gigahertz * 1e3 *
-                      (e == Element::kFp64   ? 64
-                       : e == Element::kFp32 ? 128
-                       : e == Element::kTf32 ? 512
-                                             : 1024);
+  const double product = rows * (4 * H * out + (p.P > 0 ? H * out : 0)) / multiply_adds(e, d);
   const double bytes = rows * H * 12 * storage_bytes(e);
   const double products = p.P > 0 ? 2 : 1, kernels = 2 * products;
   const double of_gpu = kernels * cost::kStepLaunch + bytes / cost::kMemoryBytes +
-                        std::max(multiply_adds / (peak * cost::kLibraryRate), weights_from_memory(p, e, d));
+                        std::max(product, weights_from_memory(p, p.output_size(), e, d));
   return static_cast<double>(p.directions) * std::max(products * cost::kLibraryStep, of_gpu);
+}
+
+// Microseconds per step that the projection takes of the others: its product with the recurrent weights, and what
+// stepwise has in its steps, the products with it and (backward) with W_hh, of all rows at once.
+double folding_microseconds(const Problem& p, Element e, const Device& d, bool backward) {
+  if (p.P == 0) return 0;
+  const auto H = static_cast<double>(p.H), P = static_cast<double>(p.P);
+  const double of_rows = average_rows(p) * H * P * (backward ? 5 : 1) / multiply_adds(e, d);
+  const double once = 4 * H * P * H / multiply_adds(e, d) + cost::kFoldingProducts * cost::kLibraryStep +
+                      cost::kFoldingKernels * cost::kStepLaunch;
+  return static_cast<double>(p.directions) * (of_rows + once / static_cast<double>(std::max<int64_t>(p.T, 1)));
 }
 
 using Variants = std::span<const TeamVariant>;
@@ -173,7 +191,7 @@ PassPlan streamed_plan(const Problem& p, Element e, const Device& d, const Strea
   plan.microseconds =
       static_cast<double>(p.directions) *
       (cost::kStepLaunch + (pass.backward ? cost::kBackwardLatency : cost::kForwardLatency) / (d.gigahertz * 1e3) +
-       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, e, d)));
+       std::max(std::max(load, multiply) / (d.gigahertz * 1e3), weights_from_memory(p, p.H, e, d)));
   return plan;
 }
 
@@ -213,14 +231,10 @@ void add_with_layers(std::vector<PassPlan>& plans, const Problem& p, const Const
   }
 }
 
-std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, const Constraints& constraints,
-                                 const Pass& pass) {
+// Of the families whose kernels take the recurrent products: those of W_hh, or of W_hh W_hr.
+std::vector<PassPlan> own_products(const Problem& p, Element e, const Device& d, const Constraints& constraints,
+                                   const Pass& pass) {
   std::vector<PassPlan> plans;
-  PassPlan stepwise;
-  stepwise.microseconds = stepwise_microseconds(p, e, d);
-  plans.push_back(stepwise);
-  // A projection is one more product per step, and what it makes of h is not bounded. A norm needs a whole row.
-  if (!has_mma(e) || p.P > 0 || p.step_extras || p.layer_norm || p.B == 0) return plans;
   for (const StreamedVariant& variant : pass.streamed) {
     PassPlan plan = streamed_plan(p, e, d, variant, pass);
     if (plan.shared_bytes <= static_cast<size_t>(d.shared_bytes)) plans.push_back(plan);
@@ -307,6 +321,20 @@ std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, c
   return plans;
 }
 
+std::vector<PassPlan> candidates(const Problem& p, Element e, const Device& d, const Constraints& constraints,
+                                 const Pass& pass) {
+  PassPlan stepwise;
+  stepwise.microseconds = stepwise_microseconds(p, e, d);
+  std::vector<PassPlan> plans = {stepwise};
+  // A norm needs a whole row, and what else a step can have is stepwise's.
+  if (!has_mma(e) || p.step_extras || p.layer_norm || p.B == 0) return plans;
+  for (PassPlan& plan : own_products(p, e, d, constraints, pass)) {
+    plan.microseconds += folding_microseconds(p, e, d, pass.backward);
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
 PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints& constraints, const Pass& pass) {
   std::optional<PassPlan> best;
   for (const PassPlan& plan : candidates(p, e, d, constraints, pass)) {
@@ -324,8 +352,6 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
   if (constraints.family) message << "'" << family_name(*constraints.family) << "' ";
   if (!has_mma(e)) {
     message << "multiplies on tensor cores, which do not support float64";
-  } else if (p.P > 0) {
-    message << "does not support proj_size > 0";
   } else if (p.layer_norm) {
     message << "does not support layer_norm";
   } else if (p.step_extras) {
@@ -456,6 +482,7 @@ std::string describe(const PassPlan& plan, const Problem& problem) {
     text << ", " << plan.layers << " layers at a time, " << plan.run_steps << " steps apart";
   else if (plan.family != Family::kStreamed && plan.run_steps < problem.T)
     text << ", " << plan.run_steps << " steps per launch";
+  if (folds_projection(problem, plan)) text << ", projection in the recurrent weights";
   text << ")";
   return text.str();
 }

@@ -69,6 +69,11 @@ constexpr bool keeps_weights(Family family) {
 // Whether teams of CTAs exchange states while they run.
 constexpr bool has_teams(Family family) { return family == Family::kPersistent || family == Family::kWarpgroup; }
 
+// Whether the recurrence multiplies by W_hh W_hr, has h before its projection W_hr, and knows of none.
+constexpr bool folds_projection(const Problem& problem, const PassPlan& plan) {
+  return problem.P > 0 && plan.family != Family::kStepwise;
+}
+
 const char* family_name(Family family);
 std::vector<Family> families();
 

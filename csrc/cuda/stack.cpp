@@ -10,6 +10,8 @@ namespace fastlstm::cuda {
 
 namespace {
 
+constexpr double kFloat16Max = 65504;
+
 Element element_of(ScalarType type, bool reduced_products) {
   switch (type) {
     case ScalarType::BFloat16: return Element::kBf16;
@@ -86,6 +88,16 @@ Tensor Stack::on_device(const std::vector<int64_t>& values) const {
   const Tensor on_host = at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())},
                                        at::dtype(ScalarType::Long));
   return on_host.clone().to(options.device());
+}
+
+Tensor Stack::folded_weights(const Weights& w) const {
+  // Every step multiplies them, so that their rounding is not to be more than that of other weights.
+  const Element full = element == Element::kTf32 ? Element::kFp32 : element;
+  Tensor folded = empty({kGates * p.H, p.H});
+  multiply(full, folded, w.w_hh, w.w_hr);
+  // Infinite sums of finite products would cancel to NaN where h itself is small.
+  if (element == Element::kFp16) folded.clamp_(-kFloat16Max, kFloat16Max);
+  return folded;
 }
 
 StepExtras Stack::extras(int64_t state) const {

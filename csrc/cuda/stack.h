@@ -29,6 +29,12 @@ struct RowRange {
   Tensor of(const Tensor& t) const { return t.narrow(0, first, count); }
 };
 
+// Of a tensor that has only these rows of [N, features], where the first of all would be.
+inline void* as_of_first_row(const Tensor& t, const RowRange& rows) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.data_ptr()) -
+                                 rows.first * t.stride(0) * t.element_size());
+}
+
 // Of a tensor that may be undefined, or of its i-th part.
 inline void* pointer(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 inline void* pointer(const Tensor& t, int64_t i) { return t.defined() ? t.select(0, i).data_ptr() : nullptr; }
@@ -49,6 +55,8 @@ class Stack {
   Tensor of_direction(const Tensor& y, int64_t direction) const {
     return y.narrow(1, direction * p.output_size(), p.output_size());
   }
+  // W_hh W_hr, [4H, H]: what a recurrence multiplies that has h before its projection.
+  Tensor folded_weights(const Weights& w) const;
   // What steps of a direction of a layer have beyond the cell.
   StepExtras extras(int64_t state) const;
   // Of a direction of a layer, with layer normalisation.
@@ -135,7 +143,7 @@ void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& r
   params.sequences = s.sequences;
   params.hidden = static_cast<int>(s.p.H);
   params.row_stride = s.row_stride();
-  params.y_stride = s.width();
+  params.y_stride = folds_projection(s.p, plan) ? s.p.H : s.width();
   params.aligned = aligned;
   params.team = plan.team;
   params.groups = plan.groups;

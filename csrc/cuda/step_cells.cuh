@@ -342,14 +342,16 @@ __device__ __forceinline__ void complete(const StepBackwardParams& p, const Plac
   }
 }
 
-// After the last step.
+// After the last step, what is needed.
 template <class E, int V>
 __device__ __forceinline__ void put_initial_d_h(const StepBackwardParams& p, const Place& x,
                                                 const typename E::Compute (&d_h)[V]) {
+  if (p.run.d_h_0 == nullptr) return;
   store<E>(p.run.d_h_0, x.in_rows_of(p.outputs), d_h);
 }
 template <class E, int V>
 __device__ __forceinline__ void put_initial_d_c(const StepBackwardParams& p, const Place& x) {
+  if (p.run.d_c_0 == nullptr) return;
   typename E::Compute d_c[V];
   load_state<E>(p.d_c, x.in_rows_of(p.hidden), d_c);
   store<E>(p.run.d_c_0, x.in_rows_of(p.hidden), d_c);

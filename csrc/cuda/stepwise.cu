@@ -1,32 +1,11 @@
 // The stepwise family, which takes every legal problem: the recurrent products of a step are a library's, and these
 // kernels do what lies between them. Called by the driver for one direction of one layer.
-//
-// A thread has V consecutive elements of a row of a state: as many as fit into 16 bytes in the compute type if all rows
-// allow it, else one. Elementwise kernels have no order to keep but that of the stream.
-#include <algorithm>
-#include <limits>
-
-#include "dispatch.cuh"
+#include "elementwise.cuh"
 #include "launchers.h"
-#include "step_cells.cuh"
 
 namespace fastlstm::cuda {
 
 namespace {
-
-constexpr int kThreads = 256;  // of a block at most
-
-// A block has a part of one row, so that nobody divides 64-bit numbers. `width`: of rows, in threads.
-int threads_for(int width) { return std::min(kThreads, ceil_div(width, kWarpThreads) * kWarpThreads); }
-LaunchShape shape_for(int64_t rows, int width) {
-  return {static_cast<int>(rows * ceil_div(width, threads_for(width))), threads_for(width), 0, false};
-}
-// This thread's place in rows of `width` elements; behind their end, it has none.
-template <int V>
-__device__ __forceinline__ Place own_place(int width) {
-  const int blocks_of_row = ceil_div(width / V, block_threads()), row = block_index() / blocks_of_row;
-  return {row, ((block_index() - row * blocks_of_row) * block_threads() + thread_index()) * V};
-}
 
 template <class E, int V>
 __global__ void __launch_bounds__(kThreads) states_forward(const StepForwardParams p) {
@@ -120,9 +99,9 @@ __global__ void __launch_bounds__(kThreads) finish_backward(const StepBackwardPa
   if (x.i < p.outputs) {
     typename E::Compute d_h[V];
     carry_product<E, true>(p, x, d_h);
-    if (p.run.d_h_0 != nullptr) put_initial_d_h<E>(p, x, d_h);
+    put_initial_d_h<E>(p, x, d_h);
   }
-  if (x.i < p.hidden && p.run.d_c_0 != nullptr) put_initial_d_c<E, V>(p, x);
+  if (x.i < p.hidden) put_initial_d_c<E, V>(p, x);
 }
 
 template <class E, int V>
@@ -171,28 +150,11 @@ __global__ void __launch_bounds__(kThreads) activate_gates(const ActivateGatesPa
   for (int gate = 0; gate < kGates; ++gate) store<E>(p.gates, row + gate * p.hidden, a[gate]);
 }
 
-// f.operator()<E, V>().
-template <class F>
-cudaError_t with_vectors(Element element, bool vectors, const F& f) {
-  return with_element(element, [&]<class E>(E) {
-    constexpr int kVector = 16 / sizeof(typename E::Compute);
-    return vectors ? f.template operator()<E, kVector>() : f.template operator()<E, 1>();
-  });
-}
-
 // f.operator()<E, V, kExtras>(), of the parameters of a step: where it has extras, elements are taken one by one.
 template <class Params, class F>
 cudaError_t with_step(Element element, const Params& p, const F& f) {
   if (p.has_extras) return with_element(element, [&]<class E>(E) { return f.template operator()<E, 1, true>(); });
   return with_vectors(element, p.vectors, [&]<class E, int V>() { return f.template operator()<E, V, false>(); });
-}
-
-// One thread for V elements of [rows, width].
-template <int V, class Params>
-cudaError_t launch_rows(void (*kernel)(Params), const Params& params, int64_t rows, int width, cudaStream_t stream) {
-  if (rows > std::numeric_limits<int>::max() / ceil_div(width / V, threads_for(width / V)))
-    return cudaErrorInvalidValue;
-  return launch(kernel, shape_for(rows, width / V), stream, params);
 }
 
 }  // namespace

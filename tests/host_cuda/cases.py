@@ -368,7 +368,7 @@ def random_case(family: str, seed: int) -> Case:
         B=B,
         I=draw.randint(1, 5),
         H=H,
-        P=draw.randint(1, H - 1) if family == "stepwise" and H > 1 and draw.random() < 0.4 else 0,
+        P=draw.randint(1, H - 1) if H > 1 and draw.random() < 0.4 else 0,
         L=L,
         D=D,
         bias=draw.random() < 0.7,
@@ -402,7 +402,8 @@ def random_case(family: str, seed: int) -> Case:
     if family == "stepwise" and draw.random() < 0.4:
         case = normalised(case, draw.randint(8, 16), draw.choice([draw.randint(16, 40), draw.randint(513, 530)]))
     while not all(runs(case, (), backward) for backward in (False, True)):
-        case = replace(case, H=case.H // 2 // 8 * 8 if family == "warpgroup" else case.H // 2)
+        H = case.H // 2 // 8 * 8 if family == "warpgroup" else case.H // 2
+        case = replace(case, H=H, P=min(case.P, H - 1))
     return replace(
         case,
         forward_shape=random_shape(draw, case, backward=False),

@@ -123,6 +123,10 @@ GROUPED = replace(STEPWISE, B=12, groups=3)
 NORMAL = replace(STEPWISE, I=9, H=40, layer_norm=True)  # rows of two warps
 PADDED = replace(ragged(NORMAL), nan_at=("x", 9))  # the first of a column that has no step
 
+# The projection in the recurrent weights.
+FOLDED = tuple(replace(case, P=7) for case in (PERSISTENT, RESIDENT, STREAMED))
+FOLDED_RUNS = tuple(replace(case, P=7) for case in (*RUNS, *LAYERS))
+
 _FUSED = (PERSISTENT, RESIDENT)
 _STEPS = (STEPWISE, STREAMED)
 _ALL = (PERSISTENT, RESIDENT, STEPWISE, STREAMED)
@@ -832,8 +836,8 @@ MUTATIONS = [
     ),
     Mutation(
         "inputs of another run",
-        "cuda/forward.cpp",
-        "«rows.first» * gates_x.stride(0) * gates_x.element_size());",
+        "cuda/stack.h",
+        "«rows.first» * t.stride(0) * t.element_size());",
         "0",
         "gates_x begins with the run's first row",
         RUNS,
@@ -1117,7 +1121,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stepwise: the parts of a row overlap",
-        "cuda/stepwise.cu",
+        "cuda/elementwise.cuh",
         "«(block_index() - row * blocks_of_row) * block_threads()» + thread_index()) * V};",
         "(block_index() - row * blocks_of_row) * kWarpThreads",
         "elements at the end of a long row are not computed",
@@ -1130,6 +1134,135 @@ MUTATIONS = [
         "true",
         "rows begin at addresses that such loads do not take",
         (STEPWISE, PROJECTED),
+    ),
+    # Projections in the recurrent weights.
+    Mutation(
+        "folded: h_0 is not read",
+        "cuda/projection.cu",
+        "for (int v = 0; v < V; ++v) «sum[v] += product[v];»\n  store<E>(p.gates_x",
+        "",
+        "the first step multiplies it",
+        FOLDED,
+    ),
+    Mutation(
+        "folded: a first step that begins anew reads h_0",
+        "cuda/projection.cu",
+        "t >= p.end || «order.restarts(p.sequences, t, x.b, length)») return;",
+        "false",
+        "the sequence is cut before it",
+        _each(cut, FOLDED),
+    ),
+    Mutation(
+        "folded: columns begin together",
+        "cuda/projection.cu",
+        "t = p.reverse ? «length - 1» : 0;",
+        "p.sequences.steps - 1",
+        "in reverse, they begin at their own ends",
+        (*_each(ragged, FOLDED), *_each(packed, FOLDED)),
+    ),
+    Mutation(
+        "folded: h_0 in each run",
+        "cuda/projection.cu",
+        "length == 0 || «t < p.begin || t >= p.end» ||",
+        "false",
+        "a run has the gates of its own steps",
+        FOLDED_RUNS,
+    ),
+    Mutation(
+        "folded: columns without steps have no h_n",
+        "cuda/projection.cu",
+        "if («length == 0»)\n    load<E>(p.h_0",
+        "false",
+        "it is h_0",
+        _each(ragged, FOLDED),
+    ),
+    Mutation(
+        "folded: columns end together",
+        "cuda/projection.cu",
+        "row_of(p.sequences, p.reverse ? 0 : «length - 1», x.b) * p.y_stride",
+        "p.sequences.steps - 1",
+        "they end at their own ends",
+        _each(ragged, FOLDED),
+    ),
+    Mutation(
+        "folded: no d_h_n",
+        "cuda/projection.cu",
+        "for (int v = 0; v < V; ++v) «d_h[v] += d_h_n[v];»",
+        "",
+        "the last output is h_n, too",
+        FOLDED,
+    ),
+    Mutation(
+        "folded: d_h_n at each step",
+        "cuda/projection.cu",
+        "if («Order{p.reverse}.last(x.t, x.length)») {",
+        "true",
+        "the last output alone is h_n",
+        FOLDED,
+    ),
+    Mutation(
+        "folded: gradients pass a cut",
+        "cuda/projection.cu",
+        "if («!order.restarts(s, next, x.b, x.length)») {",
+        "true",
+        "behind it, nobody read what was put out before",
+        _each(cut, FOLDED),
+    ),
+    Mutation(
+        "folded: the gradient of W_hr without what comes from the next steps",
+        "cuda/projection.cu",
+        "for (int v = 0; v < V; ++v) «d_h[v] += product[v];»",
+        "",
+        "they read what was put out",
+        FOLDED,
+    ),
+    Mutation(
+        "folded: d_h_0 of a step that begins anew",
+        "cuda/projection.cu",
+        "if («order.restarts(s, x.t, x.b, x.length)»)\n      clear(product);",
+        "false",
+        "it has not read h_0",
+        _each(cut, FOLDED),
+    ),
+    Mutation(
+        "folded: columns without steps have no d_h_0",
+        "cuda/projection.cu",
+        "load_or_clear<E>(«p.d_h_n», initial, d_h);",
+        "nullptr",
+        "h_0 is h_n",
+        _each(ragged, FOLDED),
+    ),
+    Mutation(
+        "folded: hidden states of another gate",
+        "cuda/projection.cu",
+        "(x.row * kGates + «3») * p.hidden",
+        "2",
+        "the output gate lets them through",
+        FOLDED,
+    ),
+    Mutation(
+        "folded: outputs are not projected",
+        "cuda/forward.cpp",
+        "«multiply(s.element, y, steps.y, s.weights(layer.index, direction).w_hr.t());»",
+        "",
+        "they are what W_hr makes of hidden states",
+        FOLDED,
+    ),
+    Mutation(
+        "folded: rows of padding are as memory was",
+        "cuda/forward.cpp",
+        "steps.y = «s.padded()» ? at::zeros",
+        "false",
+        "their products are put out",
+        _each(ragged, FOLDED),
+    ),
+    Mutation(
+        "folded: d_hidden of other steps",
+        "cuda/gradients.cpp",
+        "params.begin = reverse ? «begin» : s.sequences.steps - end;",
+        "s.sequences.steps - end",
+        "in reverse, a backward pass goes forward in time",
+        FOLDED_RUNS,
     ),
     # Steps with more than the cell.
     Mutation(
@@ -1441,7 +1574,7 @@ MUTATIONS = [
     Mutation(
         "products with x are not normalised",
         "cuda/forward.cpp",
-        "«s.normalize(gates_x, pointer(layer.rstd, state));»",
+        "«s.normalize(steps.gates_x, pointer(layer.rstd, state));»",
         "",
         "gates are made of norms",
         (NORMAL,),
@@ -1674,7 +1807,7 @@ MUTATIONS = [
     Mutation(
         "streamed: no launch for d_h_0",
         "cuda/backward.cpp",
-        "launches = «layer.d_h_0.defined()» ? steps + 1 : steps;",
+        "launches = «layer.d_c_0.defined()» ? steps + 1 : steps;",
         "false",
         "it is the product of the last step",
         (STREAMED,),
