@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 
 # Committed results of `make bench`, and the README's table and plot.
 RESULTS := benchmarks/results/amd-zen3-2cores
+H200 := benchmarks/results/h200/bench
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,7 +38,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png --check
-	$(BIN)/python benchmarks/table.py benchmarks/results/h200/bench.json --readme docs/h200.md --check
+	$(BIN)/python benchmarks/table.py $(H200).json --readme docs/h200.md --plot $(H200).png --check
 	$(BIN)/python benchmarks/table.py $(RESULTS)-features.json --readme docs/features.md --check
 	$(BIN)/python benchmarks/table.py benchmarks/results/amd-zen5-2cores.json --readme docs/cpu-performance.md --check
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -457,6 +458,24 @@ def test_plot_draws_every_format(tmp_path: Path, suffix: str) -> None:
     assert start.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF-"}[suffix])
     with pytest.raises(ValueError, match="no timing to plot"):
         plot.plot([], document, tmp_path / f"y{suffix}")
+
+
+def test_plot_of_a_gpu_has_a_map_for_each_dtype_and_pass(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    base = replace(TINY, T=512)
+    sizes = itertools.product(("bfloat16", "float32"), (8, 16), (1, 4))
+    shapes = [replace(base, dtype=dtype, H=H, B=B) for dtype, H, B in sizes]
+    shapes += [replace(base, layers=2), replace(base, P=2), replace(base, T=1024)]
+    made = [comparison(shape, pass_, 1.0, 0.7 + shape.B) for shape in shapes for pass_ in PASSES]
+    made = [replace(c, ours=replace(c.ours, device="cuda")) for c in made]
+    document = record.document([], device="cpu", settings={})
+    plot.plot(made, document, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    # An .svg has its texts as comments.
+    for label in ("B = 1", "H = 16", "Inference, bfloat16", "Training (forward + backward), float32 (TF32)"):
+        assert label in text
+    found = [text.count(label) for label in ("2 layers", "projection 2", "T = 1024", "4.70")]
+    assert found == [2, 2, 2, 8]
 
 
 # The scripts in benchmarks/
