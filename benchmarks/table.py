@@ -2,7 +2,7 @@
 
     python benchmarks/table.py benchmarks/results/X.json [--readme README.md] [--plot X.png] [--check]
 
-A file of features.py becomes the table of docs/features.md in the same way.
+Files of features.py and accuracy.py become the tables of docs/features.md and docs/accuracy.md in the same way.
 
 The text between the markers `<!-- benchmark:begin -->` and `<!-- benchmark:end -->` is replaced, so that no
 figure in the README is typed by hand; continuous integration runs it with --check.
@@ -73,6 +73,19 @@ def render_features(document: dict[str, Any]) -> str:
     return "\n\n".join([_provenance(document), table])
 
 
+def render_accuracy(document: dict[str, Any]) -> str:
+    """The Markdown of a file of accuracy.py: a line for each precision and contender, a column for each length."""
+    rows = document["accuracy"]
+    by_line: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        cells = by_line.setdefault((row["precision"], row["contender"]), {})
+        cells[row["T"]] = f"{row['y']:.1e} / {row['gradients']:.1e}"
+    lengths = list(dict.fromkeys(row["T"] for row in rows))
+    lines = [[*line, *(cells.get(T, "-") for T in lengths)] for line, cells in by_line.items()]
+    header = ["precision", "", *(f"T = {T}" for T in lengths)]
+    return "\n\n".join([_provenance(document), markdown_table(header, lines, numeric=range(2, len(header)))])
+
+
 def _cells(comparison: Comparison | None) -> list[str]:
     if comparison is None:
         return ["-", "-", "-"]
@@ -90,12 +103,14 @@ def _provenance(document: dict[str, Any]) -> str:
     hardware = f"{machine['cpu']}, {machine['cores']} cores ({caches}), {flags['isa']}"
     if machine.get("gpu"):
         hardware = f"{machine['gpu']}, {hardware}"
-    measured = "Times" if "groups" in document else "Tokens/s"
-    return (
+    measured = "Errors" if "accuracy" in document else "Times" if "groups" in document else "Tokens/s"
+    text = (
         f"{measured} on {hardware}, {flags['threads']} threads; torch {versions['torch']}, fastlstm "
-        f"{versions['fastlstm']}, Python {versions['python']}; {document['date'][:10]}. "
-        "Medians of runs in turns in one process; the ratio is followed by its interquartile range."
+        f"{versions['fastlstm']}, Python {versions['python']}; {document['date'][:10]}."
     )
+    if "accuracy" in document:
+        return f"{text} Of y / the largest of a gradient."
+    return f"{text} Medians of runs in turns in one process; the ratio is followed by its interquartile range."
 
 
 def _summary(pass_: str, comparisons: Sequence[Comparison]) -> str:
@@ -107,6 +122,10 @@ def _summary(pass_: str, comparisons: Sequence[Comparison]) -> str:
     losing = f"slower than nn.LSTM: {', '.join(slower)}" if slower else "no shape slower than nn.LSTM"
     title = _TITLES[pass_].capitalize()
     return f"{title}: geometric mean {format_ratio(mean['ratio'])} over {mean['shapes']} shapes; {losing}."
+
+
+# Files of other scripts than `fastlstm bench`, by a key that they have.
+_OTHERS = {"groups": render_features, "accuracy": render_accuracy}
 
 
 def replace_block(text: str, block: str) -> str:
@@ -128,15 +147,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check and options.readme is None:
         parser.error("--check needs --readme")
     try:
-        features = json.loads(options.json.read_text(encoding="utf-8"))
-        document, comparisons = (features, []) if "groups" in features else load(options.json)
+        document, comparisons = json.loads(options.json.read_text(encoding="utf-8")), []
+        render_other = next((function for key, function in _OTHERS.items() if key in document), None)
+        if render_other is None:
+            document, comparisons = load(options.json)
         image = None
         if options.plot is not None:
             folder = options.readme.parent if options.readme else Path()
             image = Path(os.path.relpath(options.plot, folder)).as_posix()
             if not options.check:
                 plot(comparisons, document, options.plot)
-        block = render_features(document) if "groups" in document else render(document, comparisons, image)
+        block = render_other(document) if render_other else render(document, comparisons, image)
         if options.readme is None:
             print(block)
             return 0

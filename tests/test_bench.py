@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastlstm
 from fastlstm import _ops
 from fastlstm.bench import plot, record, runner, timing
 from fastlstm.bench.record import Comparison, Row
@@ -35,6 +36,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -570,3 +572,58 @@ def test_the_pytest_suite_runs_each_contender() -> None:
     command += ["--shapes", "T1-B1-H32,cell-B1-H128", "--threads", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "8 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_accuracy_of_every_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy, table = script("accuracy"), script("table")
+    path = tmp_path / "accuracy.json"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--json", str(path), "--steps", "2", "7"])
+    accuracy.main()
+    rows = json.loads(path.read_text())["accuracy"]
+    bounds = {"float32": (1e-8, 1e-6), "bfloat16": (1e-4, 2e-2), "float16": (1e-5, 2e-3)}
+    assert len(rows) == len(bounds) * 2 * (1 + len(fastlstm.plans()))
+    for row in rows:
+        low, high = bounds[row["precision"]]
+        assert low < row["y"] < high and low < row["gradients"] < high, row
+    capsys.readouterr()
+    assert table.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    one = next(row for row in rows if (row["precision"], row["contender"], row["T"]) == ("float16", "packed", 7))
+    line = next(line for line in text.splitlines() if line.startswith("| float16") and "packed" in line)
+    assert f"{one['y']:.1e} / {one['gradients']:.1e}" in line and "T = 7" in text
+
+
+def test_peers_are_checked_before_they_are_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = script("peers")
+    ours = peers.CONTENDERS["fastlstm"]
+
+    def absent(layer: Any) -> None:
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    def wrong(layer: Any) -> Callable[[], Tensor]:
+        forward = ours(layer)
+        return lambda: 1.1 * forward()
+
+    monkeypatch.setattr(peers, "CONTENDERS", {n: peers.CONTENDERS[n] for n in ("fastlstm", "torch")})
+    peers.CONTENDERS.update(absent=absent, wrong=wrong)
+    path = tmp_path / "peers.json"
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--device", "cpu", "--json", str(path), "--seconds", "0.001"])
+    assert peers.main() == 0
+    rows = {(row["problem"], row["contender"]): row for row in json.loads(path.read_text())["rows"]}
+    plain, resets = (problem.name for problem in peers.TINY)
+    for name in (plain, resets):
+        assert rows[name, "fastlstm"]["error"] < 1e-6
+        assert rows[name, "fastlstm"]["forward_backward"]["median_s"] > 0
+        assert "absent" in rows[name, "absent"]["failure"]
+        assert rows[name, "wrong"]["failure"].startswith("ArithmeticError: y is off by 0.1")
+    assert rows[plain, "torch"]["forward"]["median_s"] > 0
+    assert "no resets" in rows[resets, "torch"]["failure"]
+    assert "ModuleNotFoundError: No module named 'absent'" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--device", "cpu", "--contenders", "nobody"])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert "--contenders must be some of fastlstm, torch, absent, wrong, got nobody" in capsys.readouterr().err
