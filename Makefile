@@ -39,6 +39,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/python benchmarks/table.py $(RESULTS).json --readme README.md --plot $(RESULTS).png --check
 	$(BIN)/python benchmarks/table.py $(H200).json --readme docs/h200.md --plot $(H200).png --check
+	$(BIN)/python benchmarks/table.py benchmarks/results/h200/families_warpgroup.json --readme docs/cuda.md --check
 	$(BIN)/python benchmarks/table.py $(RESULTS)-features.json --readme docs/features.md --check
 	$(BIN)/python benchmarks/table.py benchmarks/results/amd-zen5-2cores.json --readme docs/cpu-performance.md --check
 	$(BIN)/python benchmarks/table.py benchmarks/results/amd-zen5-2cores-accuracy.json --readme docs/accuracy.md --check

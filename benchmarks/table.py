@@ -2,7 +2,7 @@
 
     python benchmarks/table.py benchmarks/results/X.json [--readme README.md] [--plot X.png] [--check]
 
-Files of features.py and accuracy.py become the tables of docs/features.md and docs/accuracy.md in the same way.
+Files of features.py, accuracy.py and gpu.py's families become tables in docs/ in the same way.
 
 The text between the markers `<!-- benchmark:begin -->` and `<!-- benchmark:end -->` is replaced, so that no
 figure in the README is typed by hand; continuous integration runs it with --check.
@@ -86,6 +86,30 @@ def render_accuracy(document: dict[str, Any]) -> str:
     return "\n\n".join([_provenance(document), markdown_table(header, lines, numeric=range(2, len(header)))])
 
 
+def render_families(document: dict[str, Any]) -> str:
+    """The Markdown of families.json of gpu.py: microseconds per step of every family in the shape that it plans for."""
+    by_size: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, candidate in document["candidates"].items():
+        size, family = key.rsplit(" ", 1)
+        if "=" not in family and "=" not in size and family != "planned":
+            by_size.setdefault(size, {})[family] = candidate
+    names = list(dict.fromkeys(name for families in by_size.values() for name in families))
+    rows = []
+    for size, families in by_size.items():
+        for pass_ in ("forward", "backward"):
+            row = [size, pass_]
+            for name in names:
+                candidate = families.get(name, {})
+                measured = candidate.get(pass_, {}).get("us_per_step")
+                predicted = (candidate.get("predicted") or {}).get(pass_)
+                cell = "-" if measured is None else f"{measured:.2f}"
+                row.append(cell if measured is None or predicted is None else f"{cell} ({predicted:.2f})")
+            rows.append(row)
+    table = markdown_table(["", "", *names], rows, numeric=range(2, 2 + len(names)))
+    gpu, torch_version = document["machine"]["gpu"], document["versions"]["torch"]
+    return f"Microseconds per step and layer, measured (predicted); {gpu}, torch {torch_version}, T = 512.\n\n{table}"
+
+
 def _cells(comparison: Comparison | None) -> list[str]:
     if comparison is None:
         return ["-", "-", "-"]
@@ -125,7 +149,7 @@ def _summary(pass_: str, comparisons: Sequence[Comparison]) -> str:
 
 
 # Files of other scripts than `fastlstm bench`, by a key that they have.
-_OTHERS = {"groups": render_features, "accuracy": render_accuracy}
+_OTHERS = {"groups": render_features, "accuracy": render_accuracy, "candidates": render_families}
 
 
 def replace_block(text: str, block: str) -> str:

@@ -574,6 +574,32 @@ def test_the_pytest_suite_runs_each_contender() -> None:
     assert "8 passed" in run.stdout, run.stdout + run.stderr
 
 
+def test_table_of_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def timed(forward: float, backward: float, predicted: float | None) -> dict[str, Any]:
+        both = {"forward": {"us_per_step": forward}, "backward": {"us_per_step": backward}}
+        return both | ({} if predicted is None else {"predicted": {"forward": predicted, "backward": 2 * predicted}})
+
+    document = {"machine": {"gpu": "a GPU"}, "versions": {"torch": "3.0"}, "candidates": {}}
+    document["candidates"] = {
+        "H8 B1 bf16 planned": timed(1, 2, 3),
+        "H8 B1 bf16 stepwise": timed(4, 5, 6),
+        "H8 B1 bf16 resident": {"forward": {"cannot": "too many"}, "backward": {"cannot": "too many"}},
+        "H8 B1 bf16 persistent octets=2 tiles=1": timed(7, 8, 9),
+        "H16 B1 bf16 persistent": timed(1.25, 2.5, None),
+    }
+    path = tmp_path / "families.json"
+    path.write_text(json.dumps(document))
+    assert script("table").main([str(path)]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["", "", "stepwise", "resident", "persistent"]
+    assert lines[4:] == [
+        ["H8 B1 bf16", "forward", "4.00 (6.00)", "-", "-"],
+        ["H8 B1 bf16", "backward", "5.00 (12.00)", "-", "-"],
+        ["H16 B1 bf16", "forward", "-", "-", "1.25"],
+        ["H16 B1 bf16", "backward", "-", "-", "2.50"],
+    ]
+
+
 def test_accuracy_of_every_family(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
