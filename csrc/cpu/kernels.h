@@ -1,8 +1,9 @@
 // What the recurrent CPU kernels compute, as plain structs of pointers, and the table of kernels of one instruction
 // set.
 //
-// recurrent.inl implements the table once; recurrent_{scalar,avx2,avx512,avx512_bf16}.cpp instantiate it. stack.cpp is
-// the caller: it allocates, fills a task per (layer, direction) and distributes rows or hidden units over threads.
+// recurrent.inl implements the table once; recurrent_{scalar,avx2,avx512,avx512_bf16}.cpp instantiate it. The callers,
+// stack_forward.cpp and stack_backward.cpp, allocate, fill a task per (layer, direction) and distribute rows or hidden
+// units over threads.
 // Kernels know nothing of torch and of threads: each call works on a range of batch rows and a range of *panels* and
 // may run beside any call on another range of the same step.
 //
