@@ -213,14 +213,15 @@ void check_backward(const Arguments& a, const Call& call, const BackwardCall& ba
   FASTLSTM_CHECK(saved.size() == (p.layer_norm ? 5 : 3), "saved must hold ",
                  p.layer_norm ? "norm_ih, cells, layer_outputs, norm_hh and rstd" : "gates, cells and layer_outputs",
                  ", got ", saved.size(), " tensors (was the forward pass run with save=True?)");
-  const bool recompute = saved[0].dim() == 3 && saved[0].size(1) == 0;
+  const bool recompute = saved[kSavedGates].dim() == 3 && saved[kSavedGates].size(1) == 0;
   const int64_t kept_rows = recompute ? 0 : a.row_count;
-  check_shape(p.layer_norm ? "norm_ih" : "gates", "[L*D, N, 4H]", saved[0], {states, kept_rows, kGates * p.H});
-  check_shape("cells", "[L*D, N, H]", saved[1], {states, a.row_count, p.H});
-  check_shape("layer_outputs", "[L-1, N, D*P]", saved[2], {p.layers - 1, a.row_count, width});
+  check_shape(p.layer_norm ? "norm_ih" : "gates", "[L*D, N, 4H]", saved[kSavedGates],
+              {states, kept_rows, kGates * p.H});
+  check_shape("cells", "[L*D, N, H]", saved[kSavedCells], {states, a.row_count, p.H});
+  check_shape("layer_outputs", "[L-1, N, D*P]", saved[kSavedOutputs], {p.layers - 1, a.row_count, width});
   if (p.layer_norm) {
-    check_shape("norm_hh", "[L*D, N, 4H]", saved[3], {states, kept_rows, kGates * p.H});
-    check_shape("rstd", "[2*L*D, N, 1]", saved[4], {2 * states, kept_rows, 1});
+    check_shape("norm_hh", "[L*D, N, 4H]", saved[kSavedNormHh], {states, kept_rows, kGates * p.H});
+    check_shape("rstd", "[2*L*D, N, 1]", saved[kSavedRstd], {2 * states, kept_rows, 1});
   }
   const ScalarType saved_types[] = {saved_type, a.compute_type, saved_type, saved_type, a.compute_type};
   for (size_t i = 0; i < saved.size(); ++i)

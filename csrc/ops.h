@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -19,6 +20,10 @@ using OptionalTensor = std::optional<Tensor>;
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 // d_x, d_h_0, d_c_0, d_weights, d_resets
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+
+// What stands where in `saved`. The first are gates, or with layer_norm the normalised x W_ih^T, which gates follow
+// from with the last two.
+enum Saved : size_t { kSavedGates, kSavedCells, kSavedOutputs, kSavedNormHh, kSavedRstd };
 
 // The arguments that lstm and lstm_backward share.
 struct Call {

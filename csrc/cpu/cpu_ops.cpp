@@ -308,13 +308,13 @@ ForwardResult forward(const DriverArguments& a, const Call& call, const Wanted& 
     stack.c_n = outputs.states(c_n, p.H, false);
     stack.cell_states = cell_data;
     stack.cell_layers = wanted.cell_layers;
-    T* const gates = p.training && !wanted.recompute ? data<T>(saved[0]) : nullptr;
+    T* const gates = p.training && !wanted.recompute ? data<T>(saved[kSavedGates]) : nullptr;
     (p.layer_norm ? stack.norm_ih : stack.gates) = gates;
-    stack.cells = p.training ? data<T>(saved[1]) : nullptr;
-    stack.layer_outputs = p.training ? data<T>(saved[2]) : nullptr;
+    stack.cells = p.training ? data<T>(saved[kSavedCells]) : nullptr;
+    stack.layer_outputs = p.training ? data<T>(saved[kSavedOutputs]) : nullptr;
     if (stack.norm_ih) {
-      stack.norm_hh = data<T>(saved[3]);
-      stack.rstd_ih = data<T>(saved[4]);
+      stack.norm_hh = data<T>(saved[kSavedNormHh]);
+      stack.rstd_ih = data<T>(saved[kSavedRstd]);
       stack.rstd_hh = stack.rstd_ih + states * p.N;
     }
     run(stack, plan_forward(p, this_machine(thread_count()), forced().plan));
@@ -371,12 +371,12 @@ BackwardResult backward(const DriverArguments& a, const Call& call, const Backwa
     StackBackward<T> stack = {};
     fill_inputs(stack, a, call, inputs);
     stack.y = inputs.rows(b.y, 1, p.directions * out);
-    (p.layer_norm ? stack.norm_ih : stack.gates) = data<T>(b.saved[0]);  // null if it has no rows
-    stack.cells = data<T>(b.saved[1]);
-    stack.layer_outputs = data<T>(b.saved[2]);
+    (p.layer_norm ? stack.norm_ih : stack.gates) = data<T>(b.saved[kSavedGates]);  // null if it has no rows
+    stack.cells = data<T>(b.saved[kSavedCells]);
+    stack.layer_outputs = data<T>(b.saved[kSavedOutputs]);
     if (stack.norm_ih) {
-      stack.norm_hh = data<T>(b.saved[3]);
-      stack.rstd_ih = data<T>(b.saved[4]);
+      stack.norm_hh = data<T>(b.saved[kSavedNormHh]);
+      stack.rstd_ih = data<T>(b.saved[kSavedRstd]);
       stack.rstd_hh = stack.rstd_ih + p.layers * p.directions * p.N;
     }
     stack.d_y = b.d_y ? inputs.rows(*b.d_y, 1, p.directions * out) : nullptr;

@@ -224,12 +224,12 @@ BackwardResult lstm_backward(const Call& call, const BackwardCall& backward) {
     for (int64_t l = first; l > std::max<int64_t>(first - plan.layers, -1); --l) {
       LayerBackward layer = {};
       layer.index = l;
-      layer.below = l == 0 ? s.x : saved[2][l - 1];
-      layer.y = l == p.layers - 1 ? s.rows(backward.y) : saved[2][l];
+      layer.below = l == 0 ? s.x : saved[kSavedOutputs][l - 1];
+      layer.y = l == p.layers - 1 ? s.rows(backward.y) : saved[kSavedOutputs][l];
       layer.d_y = l == first ? d_y_of_layer : s.empty({p.N, s.width()});
       const int64_t first_returned = (l - p.layers + cell_layers) * p.directions;  // of the layer
       if (first_returned >= 0) layer.d_cell_states = d_cell_states.narrow(0, first_returned, p.directions);
-      layer.cells = saved[1];
+      layer.cells = saved[kSavedCells];
       layer.d_h_n = initial_d_h;
       layer.d_c_n = initial_d_c;
       layer.d_h_0 = d_h_0;

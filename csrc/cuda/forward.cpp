@@ -289,7 +289,7 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
     saved = {at::empty({states, save_gates ? p.N : 0, kGates * p.H}, x.options()),
              at::empty({states, p.N, p.H}, compute), at::empty({p.layers - 1, p.N, width}, x.options())};
   if (save && p.layer_norm) {
-    const int64_t kept_rows = saved[0].size(1);
+    const int64_t kept_rows = saved[kSavedGates].size(1);
     saved.push_back(at::empty({states, kept_rows, kGates * p.H}, x.options()));
     saved.push_back(at::empty({2 * states, kept_rows, 1}, compute));
   }
@@ -306,7 +306,9 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
     for (int64_t first = 0; first < p.layers; first += plan.layers) {
       std::vector<LayerForward> layers;
       for (int64_t l = first; l < std::min(first + plan.layers, p.layers); ++l) {
-        const Tensor out = l == p.layers - 1 ? y : save ? saved[2][l] : at::empty({p.N, width}, x.options());
+        const Tensor out = l == p.layers - 1 ? y
+                           : save            ? saved[kSavedOutputs][l]
+                                             : at::empty({p.N, width}, x.options());
         if (s.padded()) out.zero_();
         const int64_t first_returned = (l - p.layers + wanted.cell_layers) * p.directions;  // of the layer
         LayerForward layer = {};
@@ -314,12 +316,12 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
         layer.below = below;
         layer.y = out;
         layer.h_n = h_n, layer.c_n = c_n;
-        if (save) layer.cells = saved[1];
+        if (save) layer.cells = saved[kSavedCells];
         if (first_returned >= 0) layer.cell_states = cell_states[0].narrow(0, first_returned, p.directions);
         if (save_gates && p.layer_norm)
-          layer.norm_ih = saved[0], layer.norm_hh = saved[3], layer.rstd = saved[4];
+          layer.norm_ih = saved[kSavedGates], layer.norm_hh = saved[kSavedNormHh], layer.rstd = saved[kSavedRstd];
         else if (save_gates)
-          layer.gates = saved[0];
+          layer.gates = saved[kSavedGates];
         layers.push_back(std::move(layer));
         below = out;
       }

@@ -79,17 +79,18 @@ Tensor gradient_of_w_hh(const Stack& s, const LayerBackward& layer, int64_t dire
 
 void find_gates(const Stack& s, LayerBackward& layer, at::TensorList saved) {
   const Problem& p = s.p;
-  const bool kept = saved[0].size(1) > 0;
+  const bool kept = saved[kSavedGates].size(1) > 0;
   if (!kept) compute_gates_again(s, layer);
   for (int64_t d = 0; d < p.directions; ++d) {
     const int64_t state = layer.index * p.directions + d;
     if (!p.layer_norm) {
-      if (kept) layer.gates[d] = saved[0][state];
+      if (kept) layer.gates[d] = saved[kSavedGates][state];
       continue;
     }
     if (kept) {
-      layer.norm_ih[d] = saved[0][state], layer.rstd_ih[d] = saved[4][state];
-      layer.norm_hh[d] = saved[3][state], layer.rstd_hh[d] = saved[4][p.layers * p.directions + state];
+      layer.norm_ih[d] = saved[kSavedGates][state], layer.rstd_ih[d] = saved[kSavedRstd][state];
+      layer.norm_hh[d] = saved[kSavedNormHh][state],
+      layer.rstd_hh[d] = saved[kSavedRstd][p.layers * p.directions + state];
     }
     layer.gates[d] = s.empty({p.N, kGates * p.H});
     const ActivateNormalizedParams params = {p.N,
