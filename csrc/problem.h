@@ -16,8 +16,8 @@ struct Problem {
   int64_t compute_bytes;  // 4 (float32, bfloat16, float16) or 8 (float64): what sums are carried in
   bool training;          // activations are saved and a backward pass follows
   bool bf16_allowed;  // products may be taken of values rounded to bfloat16: the tensors are, or the user permits it
-  bool step_extras;   // a step is more than the cell: reset states, a recurrent mask, zoneout, or cell states that are
-                      // returned (or have gradients). On the CPU every plan takes them
+  bool step_extras;   // a step is more than the cell: reset states, a recurrent mask, zoneout, or gradients of returned
+                      // cell states. On the CPU every plan takes them
   bool layer_norm;    // the gates' products and the cell state are normalised
 
   int64_t output_size() const { return P > 0 ? P : H; }

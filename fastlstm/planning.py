@@ -131,8 +131,9 @@ def plan(
         D: directions, 1 or 2.
         dtype: float32 (the default), float64, bfloat16 or float16.
         training: whether a backward pass follows.
-        step_extras: whether a step is more than the cell: with recurrent dropout, zoneout, ``reset_hx`` or
-            ``return_cell_states``. A module's zoneout counts by itself, and its recurrent dropout in training mode.
+        step_extras: whether a step is more than the cell: with recurrent dropout, zoneout, ``reset_hx`` or (backward)
+            gradients of returned cell states. A module's zoneout counts by itself, and its recurrent dropout in
+            training mode.
         device: a device of this machine, or the name of a GPU model in :data:`fastlstm.planning.GPUS`, which need not
             be there. That of the module's parameters if None, or the CPU without a module.
         layer_norm: whether the gates are normalised.

@@ -450,7 +450,7 @@ def test_a_family_refuses_what_it_cannot_run(family: str, precision: str, case: 
         assert problem.outputs()[0].isfinite().all()
 
 
-def _check_by_bounds(case: cases.Case) -> None:
+def _check_by_bounds(case: cases.Case, backward: bool = True) -> None:
     """By the bounds of the emulated kernels: for what nn.LSTM does not have, it is no yardstick."""
     inputs = cases.make_inputs(case)
     options = {
@@ -463,11 +463,11 @@ def _check_by_bounds(case: cases.Case) -> None:
     options = dict.fromkeys(("batch_sizes", "lengths", "reset_mask", "dropout_mask")) | options
     leaves = [t.to(DEVICE).requires_grad_() for t in (inputs.x, inputs.h_0, inputs.c_0, *inputs.weights)]
     d_outputs = [d_output.to(DEVICE) for d_output in inputs.gradients if d_output is not None]
-    with switched(case.element), forced(case.family):
+    with switched(case.element), forced(case.family), torch.set_grad_enabled(backward):
         outputs = _ops.lstm(leaves[0], leaves[3:], leaves[1], leaves[2], **options, extras=extras)
-        d_inputs = torch.autograd.grad(outputs, [*leaves, *resets], d_outputs)
+        d_inputs = torch.autograd.grad(outputs, [*leaves, *resets], d_outputs) if backward else ()
     results = [t.detach().cpu() for t in (*outputs, *d_inputs)]
-    cases.compare(case, dict(zip(cases.names_of(case), results, strict=True)), cases.expected(case, inputs))
+    cases.compare(case, dict(zip(cases.names_of(case), results, strict=backward)), cases.expected(case, inputs))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -496,6 +496,17 @@ def test_gates_computed_again(family: str, precision: str) -> None:
             continue
         case = cases.Case(family, precision, T=4, B=9, I=5, H=H, L=L, D=D, resets=0.2, dropout=True, **layout)
         _check_by_bounds(replace(case, recompute=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cell_states(family: str, precision: str) -> None:
+    """Every family returns them; the way back through them is stepwise's."""
+    for layout, (L, D), P, H in itertools.product(cases.LAYOUTS, [(3, 1), (2, 2)], (0, 12), (33, 64)):
+        if not reaches(family, precision, H):
+            continue
+        case = cases.Case(family, precision, T=4, B=9, I=5, H=H, P=P, L=L, D=D, cell_layers=2, resets=0.2, **layout)
+        _check_by_bounds(case, backward=False)
 
 
 @pytest.mark.parametrize("size", [1, 3])

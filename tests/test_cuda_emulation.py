@@ -100,9 +100,10 @@ def test_extras_of_steps(extra: str, element: str) -> None:
         inputs = make_inputs(case)
         training = computed(case, inputs, backward=False)
         emulated.seed(7)
-        *outputs, saved, cells = emulated.lstm(
-            inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options, save=False
-        )
+        with emulated.force("stepwise"):
+            *outputs, saved, cells = emulated.lstm(
+                inputs.x, inputs.weights, inputs.h_0, inputs.c_0, **inputs.options, save=False
+            )
         assert saved == []
         assert equal(dict(zip(training, [*outputs, *cells], strict=True)), training)
 
@@ -151,12 +152,30 @@ def test_projections_of_layers_at_the_same_time(family: str) -> None:
         check(replace(case, D=2 if layers == 1 else 1, lengths=(9, 13, 1, 5, 0, 2, 13, 4, 4)))
 
 
+@pytest.mark.parametrize(("family", "element"), with_elements(FAMILIES))
+def test_cell_states(family: str, element: str) -> None:
+    """Every family returns them, in training and in inference; without gradients of theirs it goes back, too."""
+    for layout, (L, D, returned), P in itertools.product(LAYOUTS, [(1, 2, 1), (3, 1, 1), (2, 2, 2)], [0, 5]):
+        H = fitting(family, 20)
+        case = Case(family, element, T=4, B=9, I=2, H=H, P=P, L=L, D=D, cell_layers=returned, resets=0.2, **layout)
+        check(replace(case, gradients=(True, True, True, False), recompute=D == 1))
+        check(replace(case, family="stepwise"), forward_family=family)
+        inputs = make_inputs(case)
+        training = computed(case, inputs, backward=False)
+        with emulated.force(family):
+            *outputs, _, cells = emulated.lstm(
+                *(inputs.x, inputs.weights, inputs.h_0, inputs.c_0), **inputs.options, save=False
+            )
+        assert equal(dict(zip(training, [*outputs, *cells], strict=True)), training)
+
+
 @pytest.mark.parametrize("family", OURS)
 def test_projections_of_padding(family: str) -> None:
     """Rows of no step are zeros, whatever the weights are."""
     case = Case(family, "bf16", T=4, B=9, I=2, H=fitting(family, 20), P=7, L=2, lengths=(4, 0, 2, 4, 4, 1, 3, 4, 4))
     inputs = make_inputs(case)
-    inputs.weights[4][3, 2] = float("inf")  # W_hr
+    for w_hr in inputs.weights[4::5]:
+        w_hr[3, 2] = float("inf")
     y = computed(case, inputs, backward=False)["y"]
     for b, length in enumerate(case.lengths or ()):
         assert y[length:, b].count_nonzero() == 0
@@ -498,7 +517,7 @@ def test_empty_batch() -> None:
         (Case("persistent", "fp64", T=2, B=2, I=2, H=16), "float64"),
         (Case("resident", "fp64", T=2, B=2, I=2, H=16), "float64"),
         (Case("persistent", "fp64", T=2, B=2, I=2, H=16, P=4), "float64"),
-        (Case("streamed", "bf16", T=2, B=2, I=2, H=16, cell_layers=1), "return_cell_states"),
+        (Case("streamed", "bf16", T=2, B=2, I=2, H=16, cell_layers=1), "gradients of cell states"),
         (Case("resident", "bf16", T=2, B=2, I=2, H=16, zoneout=(0, 0.5), zoneout_masks=False), "zoneout"),
         (Case("streamed", "bf16", T=2, B=2, I=2, H=16, layer_norm=True), "layer_norm"),
         (Case("resident", "bf16", T=2, B=2, I=2, H=140), "hidden_size 140"),

@@ -17,8 +17,7 @@ struct LayerForward {
   Tensor below;         // [N, I_l], the outputs of the layer below before dropout, or x
   Tensor y;             // [N, D*P]
   Tensor h_n, c_n;      // [L*D, B, P], [L*D, B, H]
-  Tensor gates, cells;  // [L*D, N, 4H], [L*D, N, H]; undefined where they are not saved
-  Tensor cell_states;   // [D, N, H], or undefined
+  Tensor gates, cells;  // [L*D, N, 4H], [D, N, H]; undefined where nobody wants them
   // With layer normalisation, in the place of gates, which follow from them, [L*D, N, 4H] twice and [2*L*D, N, 1]: what
   // normalised products are, and what scaled them; undefined where they are not saved.
   Tensor norm_ih, norm_hh, rstd;
@@ -72,7 +71,7 @@ StepsForward steps_of(const Stack& s, const LayerForward& layer, int64_t directi
     steps.y = rows.of(s.of_direction(layer.y, direction));
     return steps;
   }
-  steps.y = s.padded() ? at::zeros({rows.count, s.p.H}, s.options) : s.empty({rows.count, s.p.H});
+  steps.y = s.empty({rows.count, s.p.H});
   const FirstProductsParams params = {s.sequences,
                                       reverse,
                                       s.vectors({&steps.gates_x}),
@@ -91,6 +90,7 @@ void project(const Stack& s, const LayerForward& layer, int64_t direction, const
   if (!recurrence.first_product.defined()) return;
   const Tensor y = steps.rows.of(s.of_direction(layer.y, direction));
   multiply(s.element, y, steps.y, s.weights(layer.index, direction).w_hr.t());
+  if (s.padded()) y.masked_fill_(steps.rows.of(s.padding()), 0);  // of which there are no hidden states
 }
 
 // What follows the last steps.
@@ -122,7 +122,7 @@ ForwardRun run_of(const Stack& s, const LayerForward& layer, int64_t direction, 
   run.h_n = pointer(recurrence.h_n);
   run.c_n = part(layer.c_n);
   run.gates = part(layer.gates);
-  run.cells = part(layer.cells);
+  run.cells = pointer(layer.cells, direction);
   return run;
 }
 
@@ -160,7 +160,6 @@ void stepwise_forward(const Stack& s, const LayerForward& layer, int64_t directi
   params.extras = s.extras(state);
   if (params.extras.zoneout_h.active()) kept_h = s.empty_compute({p.B, p.output_size()});
   params.kept_h = pointer(kept_h);
-  params.cell_states = pointer(layer.cell_states, direction);
   if (p.layer_norm) {
     s.normalize(steps.gates_x, pointer(layer.rstd, state));
     params.norm = s.norm_weights(w);
@@ -277,7 +276,6 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
   const bool save = wanted.save, save_gates = save && !wanted.recompute;
   Arguments a = parse(call, save);
   check_wanted(a, wanted);
-  a.problem.step_extras |= wanted.cell_layers > 0;
   const at::OptionalDeviceGuard guard(x.device());
   const Problem& p = a.problem;
   const int64_t states = p.layers * p.directions, width = p.directions * p.output_size();
@@ -299,8 +297,6 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
   if (returned > 0) cell_states = {at::empty({returned, p.N, p.H}, x.options())};
   if (p.B > 0) {
     const Stack s(a, call, 1);
-    if (s.padded())
-      for (Tensor& t : cell_states) t.zero_();
     const PassPlan plan = plan_forward(p, s.element, s.limits, s.constraints);
     Tensor below = s.x;
     for (int64_t first = 0; first < p.layers; first += plan.layers) {
@@ -310,14 +306,15 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
                            : save            ? saved[kSavedOutputs][l]
                                              : at::empty({p.N, width}, x.options());
         if (s.padded()) out.zero_();
-        const int64_t first_returned = (l - p.layers + wanted.cell_layers) * p.directions;  // of the layer
         LayerForward layer = {};
         layer.index = l;
         layer.below = below;
         layer.y = out;
         layer.h_n = h_n, layer.c_n = c_n;
-        if (save) layer.cells = saved[kSavedCells];
-        if (first_returned >= 0) layer.cell_states = cell_states[0].narrow(0, first_returned, p.directions);
+        if (save)
+          layer.cells = saved[kSavedCells].narrow(0, l * p.directions, p.directions);
+        else if (l >= p.layers - wanted.cell_layers)
+          layer.cells = s.empty_compute({p.directions, p.N, p.H});
         if (save_gates && p.layer_norm)
           layer.norm_ih = saved[kSavedGates], layer.norm_hh = saved[kSavedNormHh], layer.rstd = saved[kSavedRstd];
         else if (save_gates)
@@ -327,15 +324,20 @@ ForwardResult lstm(const Call& call, const Wanted& wanted) {
       }
       if (keeps_weights(plan.family)) {
         fused_forward(s, layers, plan);
-        continue;
+      } else {
+        const Tensor input = s.input_of_layer(first, layers[0].below, {0, p.N});
+        for (int64_t d = 0; d < p.directions; ++d)
+          if (plan.family == Family::kStreamed)
+            streamed_forward(s, layers[0], d, input, plan);
+          else
+            stepwise_forward(s, layers[0], d, input);
       }
-      const Tensor input = s.input_of_layer(first, layers[0].below, {0, p.N});
-      for (int64_t d = 0; d < p.directions; ++d)
-        if (plan.family == Family::kStreamed)
-          streamed_forward(s, layers[0], d, input, plan);
-        else
-          stepwise_forward(s, layers[0], d, input);
+      for (const LayerForward& layer : layers) {
+        const int64_t of_layer = layer.index * p.directions - states + returned;  // among the states of those returned
+        if (of_layer >= 0) cell_states[0].narrow(0, of_layer, p.directions).copy_(layer.cells);
+      }
     }
+    if (returned > 0 && s.padded()) cell_states[0].masked_fill_(s.padding(), 0);
   }
   const auto as_states = [&](const Tensor& t) { return t.reshape(a.states.then(t.size(-1))); };
   for (Tensor& t : cell_states) t = t.reshape(a.rows_of(returned, p.H));

@@ -33,7 +33,7 @@ struct ForwardRun {
   void* y;              // S [N, y_stride], of which this direction fills H columns from here on
   void* h_n;            // S [B, H]
   void* c_n;            // S [B, H]
-  void* cells;          // [N, H] in the compute type, c_t for backward; or null
+  void* cells;          // [N, H] in the compute type, c_t for backward or for the caller; or null
   void* gates;          // S [N, 4H], activations i, f, g, o for backward; or null, as it is without cells
   void* carried_h;   // S [B, row_stride], zero behind H: states between this run and others; null if it is the only one
   float* carried_c;  // [B, H]
@@ -111,8 +111,7 @@ struct StepForwardParams : StepParams<ForwardRun> {
   int h_stride;
   void* c;  // [B, H] in the compute type: the cell states
   // Extras:
-  void* kept_h;       // [B, P] in the compute type: h, neither masked nor reset; null without zoneout of h
-  void* cell_states;  // S [N, H]: c_t, which the caller gets, or null
+  void* kept_h;  // [B, P] in the compute type: h, neither masked nor reset; null without zoneout of h
 };
 
 struct StepBackwardParams : StepParams<BackwardRun> {

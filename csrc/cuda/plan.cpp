@@ -355,7 +355,7 @@ PassPlan choose(const Problem& p, Element e, const Device& d, const Constraints&
   } else if (p.layer_norm) {
     message << "does not support layer_norm";
   } else if (p.step_extras) {
-    message << "does not support reset_hx, recurrent_dropout, zoneout or return_cell_states";
+    message << "does not support reset_hx, recurrent_dropout, zoneout or gradients of cell states";
   } else if (constraints.octets || constraints.tiles || constraints.layers) {
     message << "has no shape with the forced";
     if (constraints.octets) message << " octets = " << *constraints.octets;

@@ -120,11 +120,12 @@ Tensor Stack::exchange_buffer(const PassPlan& plan, int runs) const {
   return buffer;
 }
 
-Tensor Stack::without_padding(const Tensor& rows) const {
+Tensor Stack::padding() const {
   const Tensor steps = at::arange(p.T, lengths.options()).unsqueeze(1);
-  const Tensor behind_end = steps.ge(lengths.unsqueeze(0)).reshape({p.N, 1});
-  return rows.masked_fill(behind_end, 0);
+  return steps.ge(lengths.unsqueeze(0)).reshape({p.N, 1});
 }
+
+Tensor Stack::without_padding(const Tensor& rows) const { return rows.masked_fill(padding(), 0); }
 
 RowRange Stack::rows_of_steps(bool back_in_time, int64_t begin, int64_t end) const {
   const int64_t first = back_in_time ? p.T - end : begin, last = back_in_time ? p.T - begin : end;

@@ -74,7 +74,8 @@ class Stack {
   // Rows of x, y and what is saved, [N, features].
   // There are some that belong to no step: columns are of different lengths and nothing is packed.
   bool padded() const { return sequences.lengths != nullptr && sequences.offsets == nullptr; }
-  // A tensor without these: what they hold must not reach a gradient, NaN included.
+  Tensor padding() const;  // [N, 1]: these
+  // A tensor without them: what they hold must not reach a gradient, NaN included.
   Tensor without_padding(const Tensor& rows) const;
   // Of the steps begin <= n < end of a pass, the first row and how many there are. A pass goes back in time if it is
   // one of the two, a backward pass or one of the reverse direction.

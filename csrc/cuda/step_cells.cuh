@@ -245,10 +245,7 @@ class ForwardCells : public StepCells<StepForwardParams> {
       cell_state<typename E::Math>(a[0][v], a[1][v], a[2][v], a[3][v], c_[v]);
       c[v] = c_[v];
     }
-    if constexpr (kExtras) {
-      zone_out(p_.extras.zoneout_c, at_row, c_before, c_);
-      if (p_.cell_states != nullptr) store<E>(p_.cell_states, at_row, c_);
-    }
+    if constexpr (kExtras) zone_out(p_.extras.zoneout_c, at_row, c_before, c_);
     store_state<E>(p_.c, at, c_);
     if (Order{p_.run.reverse}.last(t_, length_)) store<E>(p_.run.c_n, at, c_);
     if (p_.run.cells != nullptr) store_state<E>(p_.run.cells, at_row, c_);

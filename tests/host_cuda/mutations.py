@@ -1251,9 +1251,9 @@ MUTATIONS = [
     Mutation(
         "folded: rows of padding are as memory was",
         "cuda/forward.cpp",
-        "steps.y = «s.padded()» ? at::zeros",
-        "false",
-        "their products are put out",
+        "if (s.padded()) «y.masked_fill_(steps.rows.of(s.padding()), 0);»",
+        "",
+        "they are zero",
         _each(ragged, FOLDED),
     ),
     Mutation(
@@ -1467,8 +1467,8 @@ MUTATIONS = [
     ),
     Mutation(
         "cell states are not stored",
-        "cuda/step_cells.cuh",
-        "if (p_.cell_states != nullptr) «store<E>(p_.cell_states, at_row, c_);»",
+        "cuda/forward.cpp",
+        "if (of_layer >= 0) «cell_states[0].narrow(0, of_layer, p.directions).copy_(layer.cells);»",
         "",
         "the caller gets them",
         (CELLS,),
@@ -1476,8 +1476,8 @@ MUTATIONS = [
     Mutation(
         "cell states of the wrong layer",
         "cuda/forward.cpp",
-        "first_returned = «(l - p.layers + wanted.cell_layers) * p.directions»;",
-        "(p.layers - 1 - l) * p.directions",
+        "of_layer = «layer.index * p.directions - states + returned»;",
+        "(p.layers - 1 - layer.index) * p.directions",
         "they are in the order of layers",
         (CELLS,),
     ),
@@ -1500,7 +1500,7 @@ MUTATIONS = [
     Mutation(
         "cell states of no step are left as they were",
         "cuda/forward.cpp",
-        "«for (Tensor& t : cell_states) t.zero_();»",
+        "if (returned > 0 && s.padded()) «cell_states[0].masked_fill_(s.padding(), 0);»",
         "",
         "they are zero",
         (ragged(CELLS),),
