@@ -622,7 +622,7 @@ def summarize(folder: Path) -> str:
     families = _read(folder / "families.json")
     if families:
         blocks.append(_summarize_families(families))
-    names = ("environment", "tests", "verify", "bench", "families")
+    names = ("environment", "tests", "verify", "bench", "families", "accuracy")
     missing = [name for name in names if not (folder / f"{name}.json").exists()]
     if missing:
         blocks.append([f"no results of: {', '.join(missing)}"])

@@ -9,8 +9,8 @@
 #
 # Every part has a limit of its own. One that fails, hangs or runs out of time is named at both ends of the summary and
 # stops nothing else; what a part leaves unused the ones behind it may take. OUTDIR receives summary.txt (read this),
-# environment.json, tests.json, verify.json, bench.json (the format of `fastlstm bench`), families.json and log.txt,
-# with all output. The JSON files are rewritten as results come in. Exit status 1 if any part failed.
+# environment.json, tests.json, verify.json, bench.json (the format of `fastlstm bench`), families.json, accuracy.json
+# and log.txt, with all output. The JSON files are rewritten as results come in. Exit status 1 if any part failed.
 #
 # FASTLSTM_CUDA_DEBUG=1 builds kernels that check themselves, for hangs. Single parts: python3 benchmarks/gpu.py --help
 set -u
@@ -35,7 +35,7 @@ failures=0
 status_lines=""
 details=""
 : >"$out/log.txt"
-rm -f "$out"/{environment,tests,verify,bench,families}.json "$out/summary.txt"
+rm -f "$out"/{environment,tests,verify,bench,families,accuracy}.json "$out/summary.txt"
 
 report() { # report NAME LIMIT CODE SECONDS [BYTES]: what went wrong stands in the log behind so many bytes
   local line
@@ -100,9 +100,9 @@ sanitize() {
   wait
 }
 
-# What the later parts are sure to have: verification, families, sanitizers, summary.
-after_tests=$((30 + 40 + 45 + 12))
-after_bench=$((40 + 45 + 12))
+# What the later parts are sure to have: verification, families, accuracy, sanitizers, summary.
+after_tests=$((30 + 40 + 25 + 45 + 12))
+after_bench=$((40 + 25 + 45 + 12))
 
 export -f build
 export python out
@@ -115,9 +115,12 @@ part "verify" 30 "$python" "$gpu" verify --json "$out/verify.json"
 limit=$(left $after_bench)
 [ "$limit" -le 220 ] || limit=220
 part "benchmark" "$limit" "$python" "$gpu" bench --json "$out/bench.json" --seconds $((limit - 8))
-limit=$(left $((45 + 12)))
+limit=$(left $((25 + 45 + 12)))
 [ "$limit" -le 90 ] || limit=90
 part "families" "$limit" "$python" "$gpu" families --json "$out/families.json" --seconds $((limit - 8))
+limit=$(left $((45 + 12)))
+[ "$limit" -le 60 ] || limit=60
+part "accuracy" "$limit" "$python" "$root/benchmarks/accuracy.py" --device cuda --json "$out/accuracy.json"
 limit=$(left 17)
 [ "$limit" -le 60 ] || limit=60
 if [ "$limit" -ge 15 ]; then
