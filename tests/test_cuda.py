@@ -365,6 +365,7 @@ FEATURES = [
         Case(T=6, B=11, I=7, H=H, D=2, lengths=(6, 6, 5, 5, 5, 3, 2, 2, 1, 1, 1)),
         Case(T=7, B=10, I=7, H=H, D=2, lengths=(3, 0, 7, 1, 7, 2, 0, 5, 6, 4)),
         Case(T=8, B=9, I=5, H=H, D=2, lengths=(2, 0, 0, 6, 5, 1, 1, 3, 6), resets=0.4),  # none reaches the end
+        Case(T=9, B=40, I=5, H=H, D=2, lengths=(2,) * 8 + (7,) * 16 + (4,) * 16),  # tiles that begin late in reverse
         Case(T=9, B=13, I=6, H=H, resets=0.3),
         Case(T=6, B=9, I=6, H=H, D=2, lengths=(6, 6, 5, 3, 3, 2, 1, 1, 1), resets=0.3),
         Case(T=6, B=19, I=6, H=H, P=H // 3, L=2, D=2, dropout=True),

@@ -409,6 +409,15 @@ def test_rows_do_not_depend_on_their_batch(family: str, element: str) -> None:
         assert equal({n: part[n] for n in names}, {n: whole[n][:, rows].contiguous() for n in names}), f"{rows}"
 
 
+@pytest.mark.parametrize(("family", "element"), with_elements(["persistent", "warpgroup"]))
+def test_tiles_whose_sequences_all_begin_late(family: str, element: str) -> None:
+    """In reverse they read h_0 together, and nothing of the step before; still no CTA may be two steps ahead."""
+    for columns, length, seed in itertools.product((8, 16), (2, 5), range(2)):
+        case = Case(family, element, T=7, B=columns, I=1, H=40, P=16 if seed == 0 else 0, D=2, seed=seed)
+        shape = (0, 2, 0) if columns == 16 else ()
+        check(replace(case, lengths=(length,) * columns, forward_shape=shape))
+
+
 def test_waves() -> None:
     """A batch that needs several launches on a small device, and two directions that cannot run at once."""
     shape = (2, 1, 0)

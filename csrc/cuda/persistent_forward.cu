@@ -64,6 +64,15 @@ class ExchangedH {
 
   __device__ __forceinline__ void accept(uint4& state, int) { clear_tags(state, W::kTag); }
 
+  // Waits for all that this lane could read of a column tile.
+  __device__ __forceinline__ void wait(int tile) const {
+#pragma unroll 1
+    for (int block = 0; has_block(block); ++block) {
+      SpinLimit limit;
+      while (wrong_tags(load_relaxed(from(tile, block)), tile) != 0) limit.tick();
+    }
+  }
+
   // Makes the sums of columns NaN in which a NaN has arrived.
   template <int MTiles>
   __device__ __forceinline__ void poison(float (&sums)[MTiles][4]) {
@@ -140,6 +149,9 @@ class BeginningH {
       const bool begins = t < length && (begins_run_ || order.first(t, length));
       if (begins || begins_run_) initial_ |= 1u << tile;
       if (!begins || order.restarts(p_.sequences, t, b, length)) zero_ |= 1u << tile;
+      // It reads nothing of the step before. But whoever publishes a step has to have seen all of the one before: if
+      // all columns of a tile begin, a CTA would else overwrite what others still read.
+      if (begins && !begins_run_) states_.wait(tile);
     }
   }
 

@@ -92,6 +92,14 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
       const int b = column(i), length = length_of(p_.sequences, b);
       const bool first = t < length && (begins_run || order.first(t, length));
       uint4 state = {};
+      // Who begins waits, too, for states that it does not read: whoever publishes a step has to have seen all of the
+      // one before, or would overwrite what others still read.
+      if (!begins_run && Base::exists(round, i)) {
+        SpinLimit limit;
+        while (Base::wrong(state = load_relaxed_packet(Base::from(round, i))) != 0) limit.tick();
+        state.w = TagOfH<E>::removed(state.w);
+      }
+      if (first) state = {};
       if (first && Base::exists(round, i) && !order.restarts(p_.sequences, t, b, length)) {
         // Later on, others may already write what the next run begins with.
         const void* const h_0 = begins_run ? initial_h(run_) : run_.h_0;
@@ -99,10 +107,6 @@ class ArrivingH : public ArrivingPackets<TagOfH<E>, Tiles, RoundBlocks> {
         const int k = Base::block(round, i) * W::kPerBlock + Base::packet() * W::kPerVector;
         state = load_relaxed(reinterpret_cast<const uint4*>(row + k));
         state = {E::part(state.x, 0), E::part(state.y, 0), E::part(state.z, 0), E::part(state.w, 0)};
-      } else if (!first && !begins_run && Base::exists(round, i)) {
-        SpinLimit limit;
-        while (Base::wrong(state = load_relaxed_packet(Base::from(round, i))) != 0) limit.tick();
-        state.w = TagOfH<E>::removed(state.w);
       }
       store_factor(Base::place(slot, i), state);
     }

@@ -361,6 +361,8 @@ def random_case(family: str, seed: int) -> Case:
         batch_sizes = (B, *sorted((draw.randint(1, B) for _ in range(T - 1)), reverse=True))
     elif layout == "lengths":
         lengths = tuple(draw.choice([0, T, draw.randint(0, T), draw.randint(-1, T + 2)]) for _ in range(B))
+        if draw.random() < 0.2:
+            lengths = lengths[:1] * B
     case = Case(
         family=family,
         element=element,

@@ -5,6 +5,7 @@ the sources, each behind a switch, so that one build serves for all; test_cuda_m
 
 Not in the list: what no emulation of this kind can show. That is the order of memory accesses that the hardware does
 not promise, a tag that stays in the last bit of a gradient (less than its rounding), and checks that only spare work.
+Nor what it shows too seldom: a CTA that is two steps behind in `warpgroup`, whose steps are long.
 """
 
 from __future__ import annotations
@@ -1134,6 +1135,14 @@ MUTATIONS = [
         "true",
         "rows begin at addresses that such loads do not take",
         (STEPWISE, PROJECTED),
+    ),
+    Mutation(
+        "who begins does not wait for others",
+        "cuda/persistent_forward.cu",
+        "if (begins && !begins_run_) «states_.wait(tile);»",
+        "",
+        "where all columns of a tile begin, a CTA overwrites what others still read",
+        (replace(SMALL, T=7, B=8, H=32, D=2, lengths=(2,) * 8), replace(SMALL, T=7, B=8, H=32, D=2, lengths=(5,) * 8)),
     ),
     # Projections in the recurrent weights.
     Mutation(
