@@ -128,6 +128,7 @@ def _torch(layer: Layer) -> Forward:
 
 def _loop(layer: Layer) -> Forward:
     """A loop over steps, each of which torch.compile has fused; the product with x is taken before them."""
+    torch.compiler.reset()  # or the sizes of all problems count as one function's, of which it compiles only so many
     _, w_hh, b_ih, b_hh = layer.weights
     mask = layer.reset_mask
 
@@ -196,7 +197,8 @@ def _torchrl(compute: str) -> Callable[[Layer], Forward]:
 
         def forward() -> Tensor:
             x = layer.x.transpose(0, 1).contiguous()
-            y: Tensor = lstm_triton(x, states, states, w_ih, w_hh, b_ih, b_hh, starts, DTYPES[compute])[0]
+            weights = (w_ih, w_hh, b_ih, b_hh)
+            y: Tensor = lstm_triton(x, states, states, *weights, starts, DTYPES[compute], input_precision="tf32")[0]
             return y.transpose(0, 1)
 
         return forward
@@ -246,7 +248,7 @@ def measure(problem: Problem, contenders: list[str], device: str, seconds: float
                 raise ArithmeticError(f"y is off by {error:.2g} of its norm")
             training = _training(layer, forward)
             training()
-        except Exception as error:  # whatever a peer does, the others are measured
+        except Exception as error:  # whatever a peer raises, the others are measured
             yield row | {"failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             continue
         rows[name] = row
@@ -293,6 +295,9 @@ def main() -> int:
         record.ensure_writable(arguments.json)
     if arguments.device != "cpu":
         runner.reach_working_clock(arguments.device)
+        # As LSTMs do by default: products of float32 are TF32 for everybody.
+        matmul: Any = torch.backends.cuda.matmul  # whose stub lacks it
+        matmul.fp32_precision = "tf32"
     document = record.provenance({"seconds": arguments.seconds}, arguments.device) | {"rows": []}
     print(f"{'problem':<28} {'contender':<26} {'inference':>12} {'times':>6} {'training':>12} {'times':>6}")
     for name in problems:

@@ -107,7 +107,7 @@ def render_families(document: dict[str, Any]) -> str:
             rows.append(row)
     table = markdown_table(["", "", *names], rows, numeric=range(2, 2 + len(names)))
     gpu, torch_version = document["machine"]["gpu"], document["versions"]["torch"]
-    return f"Microseconds per step and layer, measured (predicted); {gpu}, torch {torch_version}, T = 512.\n\n{table}"
+    return f"Microseconds per step and layer, measured (predicted); {gpu}, torch {torch_version}.\n\n{table}"
 
 
 def _cells(comparison: Comparison | None) -> list[str]:

@@ -66,8 +66,8 @@ def enable() -> Enabling:
 
     Some calls that torch refuses work: an nn.LSTM under CPU autocast on any CPU, the backward pass of cuDNN's in eval
     mode, a second backward pass through the first. What runs a forward pass anew in the backward pass, as
-    ``torch.utils.checkpoint`` does, has to find the kernels enabled both times or neither time. On a GPU they lose to
-    cuDNN for large batches of large layers and with projections.
+    ``torch.utils.checkpoint`` does, has to find the kernels enabled both times or neither time. On a GPU,
+    large batches of large layers take as long as with cuDNN.
 
     Returns:
         An object to use as a context manager or decorator, or to ignore.

@@ -468,16 +468,19 @@ def test_plot_of_a_gpu_has_a_map_for_each_dtype_and_pass(tmp_path: Path) -> None
     sizes = itertools.product(("bfloat16", "float32"), (8, 16), (1, 4))
     shapes = [replace(base, dtype=dtype, H=H, B=B) for dtype, H, B in sizes]
     shapes += [replace(base, layers=2), replace(base, P=2), replace(base, T=1024)]
+    shapes += [replace(base, H=8, B=1, ieee=True)]  # of the same size as one above
     made = [comparison(shape, pass_, 1.0, 0.7 + shape.B) for shape in shapes for pass_ in PASSES]
+    made.append(comparison(replace(base, dtype="float16"), "forward", 1.0, 2.0))  # and not the other pass
     made = [replace(c, ours=replace(c.ours, device="cuda")) for c in made]
     document = record.document([], device="cpu", settings={})
     plot.plot(made, document, tmp_path / "x.svg")
     text = (tmp_path / "x.svg").read_text()
     # An .svg has its texts as comments.
-    for label in ("B = 1", "H = 16", "Inference, bfloat16", "Training (forward + backward), float32 (TF32)"):
-        assert label in text
-    found = [text.count(label) for label in ("2 layers", "projection 2", "T = 1024", "4.70")]
-    assert found == [2, 2, 2, 8]
+    for label in ("B = 1", "H = 16", "Inference, bfloat16", "Training (forward + backward), float32 (TF32 by default)"):
+        assert f"<!-- {label}" in text
+    found = [text.count(f"<!-- {label}") for label in ("2 layers", "projection 2", "T = 1024", "4.70", "2.00")]
+    assert found == [2, 2, 2, 8, 2]  # the last is the mean of one shape, too
+    assert text.count("ieee") == 2
 
 
 # The scripts in benchmarks/

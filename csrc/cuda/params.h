@@ -62,7 +62,7 @@ struct LaunchParams {
   Sequences sequences;
   int hidden;      // H
   int row_stride;  // of rows that are factors: H up to a multiple of 8; they are zero behind H and aligned to 16 bytes
-  int64_t y_stride;  // D * H
+  int64_t y_stride;  // of y and d_y
   bool aligned;      // rows that are copied to shared memory begin at multiples of 16 bytes
   TeamShape team;
   int first_column, groups;  // columns of the batch first_column ... + groups * tiles * kColumns

@@ -149,10 +149,13 @@ class BeginningH {
       const bool begins = t < length && (begins_run_ || order.first(t, length));
       if (begins || begins_run_) initial_ |= 1u << tile;
       if (!begins || order.restarts(p_.sequences, t, b, length)) zero_ |= 1u << tile;
-      // It reads nothing of the step before. But whoever publishes a step has to have seen all of the one before: if
-      // all columns of a tile begin, a CTA would else overwrite what others still read.
-      if (begins && !begins_run_) states_.wait(tile);
     }
+    if (begins_run_) return;
+    // Who begins reads nothing of the step before. But whoever publishes a step has to have seen all of the one before:
+    // where all columns of a tile begin, a CTA would else overwrite what others still read.
+#pragma unroll 1
+    for (int tile = 0; tile < p_.team.tiles; ++tile)
+      if (initial_ >> tile & 1) states_.wait(tile);
   }
 
   template <int Blocks>

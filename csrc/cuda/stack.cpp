@@ -21,10 +21,12 @@ Element element_of(ScalarType type, bool reduced_products) {
   }
 }
 
-// Of those that are defined: whether they begin at multiples of 16 bytes.
-bool begin_aligned(std::initializer_list<const Tensor*> tensors) {
-  return std::ranges::all_of(
-      tensors, [](const Tensor* t) { return !t->defined() || reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == 0; });
+// Of those that are defined: whether they begin at multiples of bytes_of(tensor).
+template <class F>
+bool begin_aligned(std::initializer_list<const Tensor*> tensors, const F& bytes_of) {
+  return std::ranges::all_of(tensors, [&](const Tensor* t) {
+    return !t->defined() || reinterpret_cast<uintptr_t>(t->data_ptr()) % bytes_of(*t) == 0;
+  });
 }
 
 }  // namespace
@@ -139,12 +141,13 @@ Tensor Stack::input_of_layer(int64_t layer, const Tensor& below, const RowRange&
 }
 
 bool Stack::aligned(std::initializer_list<const Tensor*> tensors) const {
-  return p.H % (16 / storage_bytes(element)) == 0 && begin_aligned(tensors);
+  return p.H % (16 / storage_bytes(element)) == 0 && begin_aligned(tensors, [](const Tensor&) { return 16; });
 }
 
 bool Stack::vectors(std::initializer_list<const Tensor*> tensors) const {
   const int64_t elements = element == Element::kFp64 ? 2 : 4;
-  return p.H % elements == 0 && p.P % elements == 0 && begin_aligned(tensors);
+  return p.H % elements == 0 && p.P % elements == 0 &&
+         begin_aligned(tensors, [&](const Tensor& t) { return elements * t.element_size(); });
 }
 
 Tensor Stack::factor_rows(const Tensor& t) const {

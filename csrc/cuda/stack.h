@@ -93,7 +93,7 @@ class Stack {
   // Rows as kernels load them.
   // Whether rows of H elements begin at multiples of 16 bytes: kernels then load them in such pieces.
   bool aligned(std::initializer_list<const Tensor*> tensors) const;
-  // Whether kernels for single steps may load a few elements at once: 16 bytes of the compute type.
+  // Whether kernels for single steps may load a few elements at once: as many as 16 bytes of the compute type hold.
   bool vectors(std::initializer_list<const Tensor*> tensors) const;
   // Factors: of a multiple of 8 elements, aligned to 16 bytes, zero behind H.
   Tensor factor_rows(const Tensor& t) const;

@@ -38,7 +38,11 @@ def plot(comparisons: Sequence[Comparison], document: Mapping[str, Any], path: P
         rows = figure.subplots(len(passes), len(dtypes), squeeze=False)
         for axes, pass_ in zip(rows, passes, strict=True):
             for axis, dtype in zip(axes, dtypes, strict=True):
-                _map(axis, [c for c in timed if (c.ours.pass_, c.ours.dtype) == (pass_, dtype)])
+                of_panel = [c for c in timed if (c.ours.pass_, c.ours.dtype) == (pass_, dtype)]
+                if of_panel:
+                    _map(axis, pass_, dtype, of_panel)
+                else:
+                    axis.set_axis_off()
         explained = "times faster"
     else:
         names = list(dict.fromkeys(c.ours.shape for c in timed))
@@ -64,10 +68,13 @@ def plot(comparisons: Sequence[Comparison], document: Mapping[str, Any], path: P
     write_atomic(path, buffer.getvalue())
 
 
-def _map(axis: Any, comparisons: Sequence[Comparison]) -> None:
+def _map(axis: Any, pass_: str, dtype: str, comparisons: Sequence[Comparison]) -> None:
     """The comparisons of one dtype and pass: hidden sizes by batches, and below them what else was timed."""
-    plain = {(c.ours.H, c.ours.B): c for c in comparisons if not _kind(c.ours)}
-    others = [c for c in comparisons if _kind(c.ours)]
+    plain: dict[tuple[int, int], Comparison] = {}
+    for c in comparisons:
+        if not _kind(c.ours):
+            plain.setdefault((c.ours.H, c.ours.B), c)
+    others = [c for c in comparisons if c not in plain.values()]
     hidden, batches = (sorted(set(sizes)) for sizes in zip(*plain, strict=True)) if plain else ([], [])
     for row, H in enumerate(hidden):
         for column, B in enumerate(batches):
@@ -76,7 +83,8 @@ def _map(axis: Any, comparisons: Sequence[Comparison]) -> None:
     width = max(len(batches), 4)
     for place, comparison in enumerate(others):
         size = width / len(others)
-        _cell(axis, (place + 0.5) * size - 0.5, len(hidden) + 0.5, size, comparison, _kind(comparison.ours))
+        kind = _kind(comparison.ours) or comparison.ours.shape
+        _cell(axis, (place + 0.5) * size - 0.5, len(hidden) + 0.5, size, comparison, kind)
     axis.set_xticks(range(len(batches)), [f"B = {B}" for B in batches], fontsize=8)
     axis.set_yticks(range(len(hidden)), [f"H = {H}" for H in hidden], fontsize=8)
     axis.xaxis.tick_top()
@@ -84,15 +92,10 @@ def _map(axis: Any, comparisons: Sequence[Comparison]) -> None:
     axis.set_xlim(-0.5, width - 0.5)
     axis.set_ylim(len(hidden) + (1 if others else -0.5), -0.5)
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    one = comparisons[0].ours
-    dtype = "float32 (TF32)" if one.dtype == "float32" else one.dtype
-    mean = geometric_means(comparisons)[one.pass_]
-    axis.set_title(
-        f"{TITLES[one.pass_]}, {dtype}\n{mean['ratio']:.2f}{TIMES} geometric mean of {mean['shapes']} shapes",
-        loc="left",
-        fontsize=9,
-        color=_INK,
-    )
+    title = f"{TITLES[pass_]}, {'float32 (TF32 by default)' if dtype == 'float32' else dtype}"
+    mean = geometric_means(comparisons)[pass_]
+    title += f"\n{mean['ratio']:.2f}{TIMES} geometric mean of {mean['shapes']} shapes"
+    axis.set_title(title, loc="left", fontsize=9, color=_INK)
 
 
 def _kind(row: Row) -> str:

@@ -668,8 +668,8 @@ MUTATIONS = [
     Mutation(
         "tensors that are not aligned count as aligned",
         "cuda/stack.cpp",
-        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16 == «0»",
-        "reinterpret_cast<uintptr_t>(t->data_ptr()) % 16",
+        "reinterpret_cast<uintptr_t>(t->data_ptr()) % bytes_of(*t) == «0»",
+        "reinterpret_cast<uintptr_t>(t->data_ptr()) % bytes_of(*t)",
         "loads of 16 bytes need aligned addresses",
         (replace(PERSISTENT, H=72, offset=1), replace(RESIDENT, H=72, offset=1)),
     ),
@@ -1131,7 +1131,7 @@ MUTATIONS = [
     Mutation(
         "stepwise: several elements at a time where rows do not allow it",
         "cuda/stack.cpp",
-        "return «p.H % elements == 0 && p.P % elements == 0» && begin_aligned",
+        "return «p.H % elements == 0 && p.P % elements == 0» &&\n         begin_aligned",
         "true",
         "rows begin at addresses that such loads do not take",
         (STEPWISE, PROJECTED),
@@ -1139,7 +1139,7 @@ MUTATIONS = [
     Mutation(
         "who begins does not wait for others",
         "cuda/persistent_forward.cu",
-        "if (begins && !begins_run_) «states_.wait(tile);»",
+        "if (initial_ >> tile & 1) «states_.wait(tile);»",
         "",
         "where all columns of a tile begin, a CTA overwrites what others still read",
         (replace(SMALL, T=7, B=8, H=32, D=2, lengths=(2,) * 8), replace(SMALL, T=7, B=8, H=32, D=2, lengths=(5,) * 8)),
