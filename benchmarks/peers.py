@@ -249,7 +249,9 @@ def measure(problem: Problem, contenders: list[str], device: str, seconds: float
             training = _training(layer, forward)
             training()
         except Exception as error:  # whatever a peer raises, the others are measured
-            yield row | {"failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            _end_where_the_gpu_is_lost(name, device, text)
+            yield row | {"failure": text}
             continue
         rows[name] = row
         calls["forward"][name], calls["forward_backward"][name] = _inference(forward), training
@@ -259,6 +261,15 @@ def measure(problem: Problem, contenders: list[str], device: str, seconds: float
         for name, t in timings.items():
             rows[name][pass_] = {"median_s": t.median_s, "spread": t.spread, "samples": t.samples}
     yield from rows.values()
+
+
+def _end_where_the_gpu_is_lost(contender: str, device: str, text: str) -> None:
+    """Ends the run if a kernel failed: no call of this process can succeed after that."""
+    try:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        sys.exit(f"peers.py: {contender} has lost the CUDA context ({text}); leave it out with --contenders")
 
 
 def _line(row: dict[str, Any], ours: dict[str, Any] | None) -> str:
