@@ -29,11 +29,12 @@ from fastlstm.lm.model import LSTM_CLASSES, linear_cross_entropy
 from fastlstm.lm.train import Observer, Speed, Trainer, prepare_text
 from fastlstm.verify import check
 
-# Two correct fp32 programs differ by rounding, and training amplifies the difference from step to step: 2.4e-6 nats in
-# 220 steps on 2 cores of an AMD EPYC 7003. A wrong gradient shows within a few steps, far above these bounds.
+# Two correct fp32 programs differ by rounding, and training amplifies the difference from step to step until it is that
+# of any two: in 460 steps nn.LSTM comes to lie 8e-4 nats from itself with weights an ulp off, and FastLSTM 1.1e-3 from
+# it; in the first 50 it is 1e-6. A wrong gradient shows within a few steps, far above these bounds.
 EARLY_STEPS = 50
 EARLY_BOUND = 1e-4
-LATE_BOUND = 1e-3
+LATE_BOUND = 1e-2
 STEPS = range(40, 601, 10)
 
 
