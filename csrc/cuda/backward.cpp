@@ -146,6 +146,8 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
       all.push_back(std::move(of));
     }
   }
+  const Launchers<BackwardRun> launchers = {launch_resident_backward, launch_persistent_backward,
+                                            launch_warpgroup_backward};
   for (int front = 0; front < runs_of_layer + count - 1; ++front) {
     std::vector<BackwardRun> runs;
     for (int i = std::max(0, front - runs_of_layer + 1); i <= std::min(front, count - 1); ++i)
@@ -167,12 +169,7 @@ void fused_backward(const Stack& s, const std::vector<LayerBackward>& layers, co
         run.carried_d_c = static_cast<float*>(pointer(of.carried_d_c));
         runs.push_back(run);
       }
-    launch_runs(s, plan, runs, aligned, [&](const BackwardParams& params) {
-      const auto launch = plan.family == Family::kResident    ? launch_resident_backward
-                          : plan.family == Family::kWarpgroup ? launch_warpgroup_backward
-                                                              : launch_persistent_backward;
-      check(launch(s.element, params, s.stream), "a backward pass");
-    });
+    launch_runs(s, plan, runs, aligned, launchers, "a backward pass");
   }
 }
 

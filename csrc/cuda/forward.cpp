@@ -53,7 +53,6 @@ Recurrence recurrence_of(const Stack& s, const LayerForward& layer, int64_t dire
 // Of steps of a direction: what goes into the recurrence, and what comes out.
 struct StepsForward {
   RowRange rows;
-  int begin, end;  // in time
   Tensor gates_x;  // [rows, 4H]
   Tensor y;        // [rows, P], a part of the layer's, or [rows, H], hidden states
 };
@@ -62,21 +61,18 @@ StepsForward steps_of(const Stack& s, const LayerForward& layer, int64_t directi
                       const Recurrence& recurrence, int begin, int end) {
   const bool reverse = direction == 1;
   const RowRange rows = s.rows_of_steps(reverse, begin, end);
-  StepsForward steps = {rows,
-                        reverse ? s.sequences.steps - end : begin,
-                        reverse ? s.sequences.steps - begin : end,
-                        gates_of_input(s, layer, direction, input, rows),
-                        {}};
+  StepsForward steps = {rows, gates_of_input(s, layer, direction, input, rows), {}};
   if (!recurrence.first_product.defined()) {
     steps.y = rows.of(s.of_direction(layer.y, direction));
     return steps;
   }
   steps.y = s.empty({rows.count, s.p.H});
+  const TimeRange times = s.times_of_steps(reverse, begin, end);
   const FirstProductsParams params = {s.sequences,
                                       reverse,
                                       s.vectors({&steps.gates_x}),
-                                      steps.begin,
-                                      steps.end,
+                                      times.begin,
+                                      times.end,
                                       static_cast<int>(kGates * s.p.H),
                                       recurrence.first_product.data_ptr(),
                                       as_of_first_row(steps.gates_x, rows)};
@@ -233,6 +229,8 @@ void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, cons
       if (runs_of_layer > 1) of.carried_h = s.carried_factor(), of.carried_c = s.carried_state();
       all.push_back(std::move(of));
     }
+  const Launchers<ForwardRun> launchers = {launch_resident_forward, launch_persistent_forward,
+                                           launch_warpgroup_forward};
   // The others read what is yet to be computed.
   const Tensor lowest_input = s.input_of_layer(layers[0].index, layers[0].below, {0, s.p.N});
   for (int front = 0; front < runs_of_layer + count - 1; ++front) {
@@ -255,12 +253,7 @@ void fused_forward(const Stack& s, const std::vector<LayerForward>& layers, cons
         run.carried_c = static_cast<float*>(pointer(of.carried_c));
         runs.push_back(run);
       }
-    launch_runs(s, plan, runs, aligned, [&](const ForwardParams& params) {
-      const auto launch = plan.family == Family::kResident    ? launch_resident_forward
-                          : plan.family == Family::kWarpgroup ? launch_warpgroup_forward
-                                                              : launch_persistent_forward;
-      check(launch(s.element, params, s.stream), "a forward pass");
-    });
+    launch_runs(s, plan, runs, aligned, launchers, "a forward pass");
     for (size_t i = 0; i < runs.size(); ++i) {
       const Direction& of = all[first * directions + i];
       project(s, of.layer, of.direction, of.recurrence, steps_of_runs[i]);

@@ -1,5 +1,5 @@
-// What the backward pass computes for all steps at once: gates that were not kept, and the gradients of the weights.
-
+// What the backward pass computes for all steps at once: gates that were not kept, what surrounds a recurrence with the
+// projection in its weights, and the gradients of the weights.
 #include "backward.h"
 
 namespace fastlstm::cuda {
@@ -108,12 +108,13 @@ void gradients_of_hidden_states(const Stack& s, const LayerBackward& layer, int6
   const int64_t state = layer.index * s.p.directions + direction;
   const Tensor d_y = layer.d_y.defined() ? s.of_direction(layer.d_y, direction) : Tensor();
   const Tensor& d_outputs = layer.d_outputs[direction];
+  const TimeRange times = s.times_of_steps(!reverse, begin, end);
   GivenGradientsParams params = {};
   params.sequences = s.sequences;
   params.reverse = reverse;
   params.vectors = s.vectors({&d_y, &layer.d_h_n});
-  params.begin = reverse ? begin : s.sequences.steps - end;
-  params.end = reverse ? end : s.sequences.steps - begin;
+  params.begin = times.begin;
+  params.end = times.end;
   params.outputs = static_cast<int>(s.p.P);
   params.y_stride = s.width();
   params.d_y = pointer(d_y);

@@ -129,10 +129,10 @@ Tensor Stack::padding() const {
 
 Tensor Stack::without_padding(const Tensor& rows) const { return rows.masked_fill(padding(), 0); }
 
-RowRange Stack::rows_of_steps(bool back_in_time, int64_t begin, int64_t end) const {
-  const int64_t first = back_in_time ? p.T - end : begin, last = back_in_time ? p.T - begin : end;
-  if (a.offsets.empty()) return {first * p.B, (last - first) * p.B};
-  return {a.offsets[first], a.offsets[last] - a.offsets[first]};
+RowRange Stack::rows_of_steps(bool back_in_time, int begin, int end) const {
+  const TimeRange times = times_of_steps(back_in_time, begin, end);
+  if (a.offsets.empty()) return {times.begin * p.B, (times.end - times.begin) * p.B};
+  return {a.offsets[times.begin], a.offsets[times.end] - a.offsets[times.begin]};
 }
 
 Tensor Stack::input_of_layer(int64_t layer, const Tensor& below, const RowRange& rows) const {

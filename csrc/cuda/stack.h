@@ -23,6 +23,11 @@ struct Weights {
   Tensor gain_ih, gain_hh, gain_c, bias_c;  // of layer normalisation
 };
 
+// Steps begin <= t < end, counted in time.
+struct TimeRange {
+  int begin, end;
+};
+
 struct RowRange {
   int64_t first, count;
 
@@ -77,9 +82,12 @@ class Stack {
   Tensor padding() const;  // [N, 1]: these
   // A tensor without them: what they hold must not reach a gradient, NaN included.
   Tensor without_padding(const Tensor& rows) const;
-  // Of the steps begin <= n < end of a pass, the first row and how many there are. A pass goes back in time if it is
-  // one of the two, a backward pass or one of the reverse direction.
-  RowRange rows_of_steps(bool back_in_time, int64_t begin, int64_t end) const;
+  // The steps begin <= n < end of a pass in time, and of their rows the first and how many there are. A pass goes back
+  // in time if it is one of the two, a backward pass or one of the reverse direction.
+  TimeRange times_of_steps(bool back_in_time, int begin, int end) const {
+    return back_in_time ? TimeRange{sequences.steps - end, sequences.steps - begin} : TimeRange{begin, end};
+  }
+  RowRange rows_of_steps(bool back_in_time, int begin, int end) const;
   // Rows of what layer l reads: of the outputs of the layer below, with dropout.
   Tensor input_of_layer(int64_t layer, const Tensor& below, const RowRange& rows) const;
   // [*x.shape[:-1], features] as [N, features], contiguous.
@@ -135,11 +143,22 @@ class Stack {
   Tensor packing_, reset_mask_;
 };
 
-// Launches runs of a family that keeps weights in CTAs: at the same time, unless the plan says that both directions do
-// not fit; as many columns of the batch at a time as do.
-template <class Run, class Launch>
+// The launchers of a pass of the families that keep weights in CTAs.
+template <class Run>
+struct Launchers {
+  using Launch = cudaError_t (*)(Element, const LaunchParams<Run>&, cudaStream_t);
+  Launch resident, persistent, warpgroup;
+
+  Launch of(Family family) const {
+    return family == Family::kResident ? resident : family == Family::kWarpgroup ? warpgroup : persistent;
+  }
+};
+
+// Launches runs of such a family: at the same time, unless the plan says that both directions do not fit; as many
+// columns of the batch at a time as do. `pass`: its name in errors.
+template <class Run>
 void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& runs, bool aligned,
-                 const Launch& launch) {
+                 const Launchers<Run>& launchers, const char* pass) {
   LaunchParams<Run> params = {};
   params.sequences = s.sequences;
   params.hidden = static_cast<int>(s.p.H);
@@ -158,7 +177,7 @@ void launch_runs(const Stack& s, const PassPlan& plan, const std::vector<Run>& r
         buffer = s.exchange_buffer(plan, params.runs);
         params.exchange = buffer.data_ptr();
       }
-      launch(params);
+      check(launchers.of(plan.family)(s.element, params, s.stream), pass);
     }
 }
 

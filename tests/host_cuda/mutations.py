@@ -1268,8 +1268,8 @@ MUTATIONS = [
     Mutation(
         "folded: d_hidden of other steps",
         "cuda/gradients.cpp",
-        "params.begin = reverse ? «begin» : s.sequences.steps - end;",
-        "s.sequences.steps - end",
+        "times = s.times_of_steps(«!reverse», begin, end);\n  GivenGradientsParams",
+        "true",
         "in reverse, a backward pass goes forward in time",
         FOLDED_RUNS,
     ),
